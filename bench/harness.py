@@ -1,0 +1,222 @@
+"""Run, time and describe one workload: what compare.py and the throughput suite share."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastinception.data import fashion_mnist
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+# Seconds: below this the clock and one device synchronisation would show in a sample.
+MIN_SAMPLE = 0.05
+
+
+class Batch(NamedTuple):
+    """Images fp32 ``[N, 1, S, S]`` in 0..1, labels int64 ``[N]``, both on the device, and their origin."""
+
+    images: Tensor
+    labels: Tensor
+    source: str
+
+
+def load_batch(
+    size: int, image_size: int, device: torch.device, *, synthetic: bool, data_root: Path | None = None
+) -> Batch:
+    """Return the first Fashion-MNIST test images, or random ones where ``synthetic`` asks for them.
+
+    Raises:
+        FileNotFoundError: the data cannot be had.
+        ValueError: there are fewer images than ``size``, or a file is damaged.
+    """
+    if synthetic:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand((size, 1, image_size, image_size), generator=generator)
+        labels = torch.randint(10, (size,), generator=generator)
+        source = "SYNTHETIC random images, not Fashion-MNIST"
+    else:
+        data = fashion_mnist("test", image_size=image_size, data_root=data_root, limit=size)
+        if len(data.images) < size:
+            raise ValueError(f"batch size {size}: there are only {len(data.images)} test images")
+        images, labels = data.images.float() / 255, data.labels
+        source = f"Fashion-MNIST test images, {data.source}"
+    return Batch(images.to(device), labels.to(device), source)
+
+
+class Runner:
+    """Repeat one inference pass or one training step of a network on a fixed batch.
+
+    Inference casts the whole network and the images to ``dtype`` and runs under ``torch.inference_mode``.
+    Training keeps fp32 parameters, runs forward and loss under ``torch.autocast`` for bf16 and fp16 (with a
+    ``GradScaler`` for fp16), then backward and one SGD step.
+
+    Args:
+        net: the network; cast and laid out in place.
+        images: fp32 ``[N, C, H, W]`` on the device to measure.
+        labels: int64 ``[N]`` on the same device.
+        mode: ``"inference"`` or ``"training"``.
+        dtype: a key of ``DTYPES``.
+        layout: a key of ``LAYOUTS``, for weights and images.
+        compile_options: keywords of ``torch.compile``; None runs eagerly.
+        cuda_graph: capture the eager pass in one CUDA graph (the optimizer step stays outside).
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        mode: str,
+        dtype: str,
+        layout: str = "channels_last",
+        compile_options: Mapping[str, Any] | None = None,
+        cuda_graph: bool = False,
+    ) -> None:
+        self.training, self.dtype = mode == "training", DTYPES[dtype]
+        cast = torch.float32 if self.training else self.dtype
+        self.net = net.to(images.device, cast).to(memory_format=LAYOUTS[layout])
+        self.images = images.to(dtype=cast, memory_format=LAYOUTS[layout])
+        self.labels = labels
+        self.call: Callable[[Tensor], Tensor] = self.net
+        if compile_options is not None:
+            self.call = torch.compile(self.net, fullgraph=True, dynamic=False, **compile_options)
+        self.optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        # A scale at which no gradient of the first steps overflows, so that no step is skipped.
+        scaled = self.training and self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(images.device.type, init_scale=1024.0, enabled=scaled)
+        self.wants_graph = cuda_graph
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits = torch.empty(0)
+
+    def forward(self) -> Tensor:
+        """Return the logits ``[N, classes]``; in training leave the (scaled) gradients on the parameters."""
+        if not self.training:
+            with torch.inference_mode():
+                return self.call(self.images)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            logits = self.call(self.images)
+            loss = F.cross_entropy(logits, self.labels)
+        self.scaler.scale(loss).backward()
+        return logits
+
+    def __call__(self) -> None:
+        """Do the work of one timed call."""
+        self.evaluate()
+        if self.training:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    def evaluate(self) -> Tensor:
+        """Do ``forward``, through the CUDA graph where one is wanted; the first call compiles or captures."""
+        if self.wants_graph and self.graph is None:
+            self._capture()
+        if self.graph is None:
+            return self.forward()
+        self.graph.replay()
+        return self.logits
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the unscaled gradients that the last ``evaluate`` left, by parameter name."""
+        scale = self.scaler.get_scale()
+        named = self.net.named_parameters()
+        return {name: p.grad / scale for name, p in named if p.grad is not None}
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.images.device.type, dtype=self.dtype)
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.forward()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.logits = self.forward()
+        self.graph = graph
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished what was launched on it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], object]],
+    sync: Callable[[], None],
+    *,
+    warmup: float,
+    rounds: int,
+    seconds: float,
+) -> Iterator[tuple[dict[str, list[float]], int]]:
+    """Time several runs in turn, so that a slow moment of the machine falls on all of them.
+
+    Each run is called once outside every clock (compilation belongs there), then warmed up for ``warmup``
+    seconds. Then come at least ``rounds`` rounds, more if ``seconds`` allow; each takes one sample of every
+    run and starts with another one.
+
+    Yields:
+        After the warm-up and after each round: the samples so far (seconds per call, by name), and the number
+        of rounds there will be.
+    """
+    calls, round_time = {}, 0.0
+    for name, run in runs.items():
+        run()
+        sync()
+        start, count = time.perf_counter(), 0
+        while count == 0 or time.perf_counter() - start < warmup:
+            run()
+            sync()
+            count += 1
+        per_call = (time.perf_counter() - start) / count
+        calls[name] = max(1, round(MIN_SAMPLE / per_call))
+        round_time += calls[name] * per_call
+    rounds = max(rounds, int(seconds / round_time))
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    yield samples, rounds
+    names = list(runs)
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            run = runs[name]
+            sync()
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                run()
+            sync()
+            samples[name].append((time.perf_counter() - start) / calls[name])
+        yield samples, rounds
+
+
+def rate(samples: list[float], batch_size: int) -> tuple[float, list[float]]:
+    """Return the median rate of samples (seconds per call) and its quartiles, all in examples/s."""
+    rates = [batch_size / sample for sample in samples]
+    if len(rates) == 1:
+        return round(rates[0], 3), [round(rates[0], 3)] * 2
+    low, middle, high = statistics.quantiles(rates, n=4, method="inclusive")
+    return round(middle, 3), [round(low, 3), round(high, 3)]
+
+
+def compile_failure(device: torch.device) -> str | None:
+    """Say why ``torch.compile`` does not work here: no C++ compiler, no Python headers, no Triton."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    # Each missing piece raises its own kind of error, and all mean the same here: no compiled rows.
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None

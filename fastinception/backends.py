@@ -1,0 +1,79 @@
+"""Choose the backend that computes a block, from what was asked for, the device and the dtype."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from fastinception.kernels import target
+
+BACKENDS = ("auto", "triton", "aten")
+
+
+class Path(NamedTuple):
+    """How a call is computed: ``"triton"``, ``"aten"`` or ``"plain"`` (standard operators, any PyTorch
+    transform), and why."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def check(backend: str) -> str:
+    """Return ``backend``, or for ``"auto"`` what the variable FASTINCEPTION_BACKEND says; ValueError if unknown."""
+    source = "backend"
+    if backend == "auto" and (backend := os.environ.get("FASTINCEPTION_BACKEND") or "auto") != "auto":
+        source = "the environment variable FASTINCEPTION_BACKEND"
+    if backend not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    return backend
+
+
+def select(backend: str, x: Tensor, params: Sequence[Tensor]) -> Path:
+    """Return the path for ``x``: ``"auto"`` takes Triton on a GPU that can run it, ATen everywhere else.
+
+    Raises:
+        ValueError: ``backend`` is unknown, or ``"triton"`` where Triton cannot run ``x``.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    reason = target.unsupported(x.device, x.dtype) if backend != "aten" else None
+    if backend == "triton" and reason is not None:
+        raise ValueError(f"backend='triton' cannot run here: {reason}; use backend='auto' or 'aten'")
+    if (special := _special(x, params)) is not None:
+        return Path("plain", special)
+    if backend == "aten":
+        return Path("aten", "backend='aten' was asked for")
+    if backend == "triton":
+        return Path("triton", "backend='triton' was asked for")
+    if x.device.type != "cuda":  # the interpreter is for tests: only where it was asked for
+        return Path("aten", "x is not on a GPU that runs Triton")
+    if reason is not None:
+        return Path("aten", reason)
+    return Path("triton", "x is on a GPU that runs Triton")
+
+
+def _special(x: Tensor, params: Sequence[Tensor]) -> str | None:
+    """Say what about a call only standard, differentiable operators can serve, or None."""
+    if 0 in x.shape:
+        return "x is empty"
+    if x.device.type == "meta":
+        return "x is on the meta device"
+    for tensor in (x, *params):
+        if type(tensor) is not Tensor and type(tensor) is not Parameter:
+            return f"an operand is a {type(tensor).__qualname__}"
+    if torch.compiler._is_exporting_flag:  # is_exporting() is constantly true to Dynamo, in torch.compile too
+        return "an exported program holds standard operators only"
+    if torch._C._are_functorch_transforms_active():
+        return "a functorch transform (vmap, grad, jvp, ...) is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    return None

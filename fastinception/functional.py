@@ -1,0 +1,139 @@
+"""Check the arguments of a block and hand them to the backend that computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fastinception import aten, backends, ops
+from fastinception.backends import Path
+
+
+def inception(x: Tensor, params: Sequence[Tensor], *, backend: str = "auto", out: Tensor | None = None) -> Tensor:
+    """Return the Inception block of ``x``: four branches, each convolution followed by a ReLU, side by side.
+
+    The functional form of :class:`fastinception.Inception`. Under autocast ``x`` and ``params`` are cast to its
+    dtype first, as ``torch.nn.functional.conv2d`` does.
+
+    Args:
+        x: ``[N, K, H, W]``, floating, any strides; channels_last is fastest.
+        params: weight and bias of ``p1_1, p2_1, p2_2, p3_1, p3_2, p4_2``: ``[c1, K, 1, 1]``, ``[c2[0], K, 1, 1]``,
+            ``[c2[1], c2[0], 3, 3]``, ``[c3[0], K, 1, 1]``, ``[c3[1], c3[0], 5, 5]``, ``[c4, K, 1, 1]``, each with
+            a bias of its first size; x's dtype and device.
+        backend: ``"auto"``, ``"triton"`` or ``"aten"``.
+        out: ``[N, c1 + c2[1] + c3[1] + c4, H, W]`` to write into and return, contiguous or channels_last; only
+            where no gradient is recorded.
+
+    Returns:
+        ``out``, or a new tensor: channels_last where ``x`` is, contiguous where ``x`` is.
+
+    Raises:
+        TypeError: a tensor has a wrong type or dtype.
+        ValueError: a tensor has a wrong shape or device, ``out`` cannot be used, or the backend cannot run.
+    """
+    path, x, params = prepare(x, params, backend)
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
+    if out is not None and path.name == "plain":
+        return copy_into(out, aten.compose(x, params), (x, *params))
+    if out is not None:
+        _check_out(out, ops.output_shape(x, params), x, needs_grad)
+        torch.ops.fastinception.inception_out(x, *params, path.name, out)
+        if path.name == "triton" and not torch.compiler.is_compiling() and not out.is_inference():
+            torch.autograd.graph.increment_version(out)  # a kernel writes behind autograd's back
+        return out
+    if path.name == "plain" or (path.name == "aten" and not needs_grad and torch.compiler.is_compiling()):
+        return aten.compose(x, params)  # for Inductor too: it fuses what it can see
+    if path.name == "aten" and not needs_grad:
+        y = ops.empty_output(x, params)
+        aten.forward(x, params, y)
+        return y
+    y, *_ = torch.ops.fastinception.inception_forward(x, *params, path.name, needs_grad)
+    return cast(Tensor, y)
+
+
+def prepare(x: Tensor, params: Sequence[Tensor], backend: str) -> tuple[Path, Tensor, list[Tensor]]:
+    """Return the path of a call, and ``x`` and ``params`` in the dtype that it computes in, all checked."""
+    check_images(x)
+    if len(params) != 12:
+        raise ValueError(f"params must be the 12 weights and biases of the block, got {len(params)}")
+    x, *params = _autocast(x, params)
+    _check_input(x, params)
+    return backends.select(backend, x, params), x, params
+
+
+def check_images(x: Tensor) -> None:
+    """Raise the TypeError or ValueError that says why ``x`` is no batch of images, if it is none."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"x must be [N, C, H, W], got {x.dim()} dimensions: {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be of a floating dtype, got {x.dtype}")
+
+
+def copy_into(out: Tensor, y: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """Copy a finished block into the caller's ``out`` after the checks that every path makes, and return ``out``."""
+    _check_out(out, y.shape, y, needs_grad=y.requires_grad)
+    if out.device.type != "meta":  # where every address is 0
+        ops.check_overlap(out, inputs)
+    return out.copy_(y)
+
+
+def _autocast(x: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``x`` and ``params`` in the dtype that autocast asks of a convolution, or as they are without it."""
+    tensors = [x, *params]
+    # is_autocast_enabled raises for meta, and Dynamo cannot trace is_autocast_available on the oldest PyTorch.
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return [t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors]
+    return tensors
+
+
+def _check_input(x: Tensor, params: Sequence[Tensor]) -> None:
+    """Raise the TypeError or ValueError that says what of ``x`` and ``params`` does not fit, if anything."""
+    w1, _, w21, _, w22, _, w31, _, w32, _, w42, _ = params
+    expected = (
+        ("p1_1", w1, x.shape[1], 1),
+        ("p2_1", w21, x.shape[1], 1),
+        ("p2_2", w22, w21.shape[0], 3),
+        ("p3_1", w31, x.shape[1], 1),
+        ("p3_2", w32, w31.shape[0], 5),
+        ("p4_2", w42, x.shape[1], 1),
+    )
+    if w1.dim() == 4 and x.shape[1] != w1.shape[1]:
+        raise ValueError(f"x must have {w1.shape[1]} channels, got {x.shape[1]}: {list(x.shape)}")
+    for i, (name, weight, channels, kernel) in enumerate(expected):
+        if weight.shape[1:] != (channels, kernel, kernel):
+            raise ValueError(f"{name}'s weight must be [c, {channels}, {kernel}, {kernel}], got {list(weight.shape)}")
+        if params[2 * i + 1].shape != weight.shape[:1]:
+            raise ValueError(f"{name}'s bias must be [{weight.shape[0]}], got {list(params[2 * i + 1].shape)}")
+        for kind, tensor in (("weight", weight), ("bias", params[2 * i + 1])):
+            if tensor.dtype is not x.dtype:
+                raise TypeError(
+                    f"x and the parameters must have one dtype outside autocast, got {x.dtype} for x and "
+                    f"{tensor.dtype} for {name}'s {kind}"
+                )
+            if tensor.device != x.device:
+                raise ValueError(
+                    f"x and the parameters must be on one device, got {x.device} for x and {tensor.device} for "
+                    f"{name}'s {kind}"
+                )
+
+
+def _check_out(out: Tensor, shape: Sequence[int], like: Tensor, needs_grad: bool) -> None:
+    """Raise the TypeError or ValueError that says why ``out`` cannot be written, if it cannot; ``out`` is untouched."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a torch.Tensor, got {type(out).__name__}")
+    if needs_grad or (out.requires_grad and torch.is_grad_enabled()):
+        raise ValueError("out cannot be used where a gradient is recorded: call under torch.no_grad(), or without out")
+    if out.dtype is not like.dtype:
+        raise TypeError(f"out must be of dtype {like.dtype}, got {out.dtype}")
+    if out.shape != torch.Size(shape):
+        raise ValueError(f"out must be {list(shape)}, got {list(out.shape)}")
+    if out.device != like.device:
+        raise ValueError(f"out must be on {like.device}, got {out.device}")
+    if not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)):
+        raise ValueError(f"out must be contiguous or channels_last, got the strides {out.stride()}")

@@ -1,0 +1,181 @@
+"""Define FastInception: the textbook block under another name, computed by the fastest path that is right."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from fastinception import backends
+from fastinception.backends import Path
+from fastinception.functional import check_images, copy_into, inception, prepare
+from fastinception.reference import Inception
+
+# What each child computes, if nobody edited it: kernel size and padding.
+_CONVS = {"p1_1": (1, 0), "p2_1": (1, 0), "p2_2": (3, 1), "p3_1": (1, 0), "p3_2": (5, 2), "p4_2": (1, 0)}
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+
+
+class FastInception(Inception):
+    """Run the textbook Inception block fast: same constructor, parameters, ``state_dict`` and numbers.
+
+    On a GPU the block is two Triton launches that write into one output (see ``kernels/``); elsewhere it is ATen
+    with the three 1x1 convolutions that read the input merged and no concatenation. A block that was edited (a child
+    replaced, hooked, parametrized or reconfigured) runs the textbook forward instead; functorch transforms,
+    forward-mode derivatives and exported programs get standard operators. :func:`explain` says what runs and why.
+
+    Args:
+        in_channels, c1, c2, c3, c4: as for :class:`fastinception.Inception`.
+        backend: ``"auto"`` takes Triton on a GPU and ATen elsewhere, unless the environment variable
+            FASTINCEPTION_BACKEND says otherwise; ``"triton"`` insists, and raises where Triton cannot run;
+            ``"aten"`` needs no Triton.
+
+    Shape:
+        ``[N, in_channels, H, W]`` to ``[N, c1 + c2[1] + c3[1] + c4, H, W]``, any floating dtype. channels_last in is
+        channels_last out, and the fast layout: move the network with ``.to(memory_format=torch.channels_last)``.
+
+    Raises:
+        TypeError, ValueError: as :class:`fastinception.Inception`; ValueError for an unknown backend.
+
+    Example:
+        >>> import torch
+        >>> from fastinception import FastInception, explain
+        >>> block = FastInception(192, 64, (96, 128), (16, 32), 32)
+        >>> block(torch.zeros(2, 192, 12, 12)).shape
+        torch.Size([2, 256, 12, 12])
+        >>> print(explain(block, torch.zeros(2, 192, 12, 12)))
+        aten: x is not on a GPU that runs Triton
+    """
+
+    backend: str
+
+    def __init__(
+        self,
+        in_channels: int,
+        c1: int,
+        c2: tuple[int, int],
+        c3: tuple[int, int],
+        c4: int,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        backend = backends.check(backend)
+        super().__init__(in_channels, c1, c2, c3, c4)
+        self.backend = backend
+
+    @classmethod
+    def from_reference(cls, module: Inception, *, backend: str = "auto") -> FastInception:
+        """Return ``module`` as a fast block that shares its children, and so its parameters, and its hooks.
+
+        Raises:
+            TypeError: ``module`` is not an :class:`fastinception.Inception`, or overrides its forward.
+        """
+        if not isinstance(module, Inception) or type(module).forward not in (Inception.forward, cls.forward):
+            raise TypeError(
+                "from_reference takes a fastinception.Inception with its own forward, got "
+                f"{type(module).__qualname__}; for another class, build {cls.__name__} with the same widths and load "
+                "its state_dict"
+            )
+        fast = cls.__new__(cls)
+        fast.__dict__.update(module.__dict__)
+        fast.backend = backends.check(backend)
+        return fast
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend!r}"
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the block of ``x``, in ``out`` if one is given.
+
+        Args:
+            x: ``[N, in_channels, H, W]``, the parameters' dtype and device (autocast aside), any strides.
+            out: a tensor of the output's shape, dtype and device, contiguous or channels_last, to write into and
+                return; only where no gradient is recorded.
+
+        Raises:
+            TypeError, ValueError: see :func:`fastinception.functional.inception`.
+        """
+        if _edited(self) is None:
+            return inception(x, _params(self), backend=self.backend, out=out)
+        check_images(x)
+        y: Tensor = super().forward(x)
+        return y if out is None else copy_into(out, y, (x, *self.parameters()))
+
+
+def explain(module: FastInception, x: Tensor) -> Path:
+    """Say how ``module(x)`` is computed and why, without computing it.
+
+    Returns:
+        A named tuple: ``name`` is ``"triton"``, ``"aten"`` or ``"plain"``, ``reason`` is a sentence.
+
+    Raises:
+        TypeError: ``module`` is not a :class:`FastInception`; for a network, ask its blocks.
+        TypeError, ValueError: what ``module(x)`` would raise.
+    """
+    if not isinstance(module, FastInception):
+        raise TypeError(f"explain takes a FastInception block and its input, got a {type(module).__qualname__}")
+    if (reason := _edited(module)) is not None:
+        check_images(x)
+        return Path("plain", reason)
+    return prepare(x, _params(module), module.backend)[0]
+
+
+def _params(block: Inception) -> list[Tensor]:
+    return [tensor for name in _CONVS for tensor in (getattr(block, name).weight, getattr(block, name).bias)]
+
+
+def _edited(block: Inception) -> str | None:
+    """Say what makes ``block`` compute something else than its twelve parameters say, or None."""
+    for hooks in _GLOBAL_HOOKS:
+        if getattr(nn_module, hooks):
+            return "a global module hook is registered"
+    children = block._modules
+    for name, (kernel, padding) in _CONVS.items():
+        conv = children.get(name)
+        if type(conv) is not nn.Conv2d:  # a subclass, a parametrization and a wrapper all change the class
+            return f"{name} is a {type(conv).__qualname__}"
+        if conv.bias is None:
+            return f"{name} has no bias"
+        if (
+            conv.kernel_size != (kernel, kernel)
+            or conv.padding != (padding, padding)
+            or conv.stride != (1, 1)
+            or conv.dilation != (1, 1)
+            or conv.groups != 1
+            or conv.padding_mode != "zeros"
+        ):
+            return f"{name} was reconfigured: {_settings(conv, 'padding_mode', 'groups')}"
+        if (reason := _wrapped(conv)) is not None:
+            return f"{name} {reason}"
+    pool = children.get("p4_1")
+    if type(pool) is not nn.MaxPool2d:
+        return f"p4_1 is a {type(pool).__qualname__}"
+    if (
+        pool.kernel_size not in (3, (3, 3))
+        or pool.stride not in (1, (1, 1))
+        or pool.padding not in (1, (1, 1))
+        or pool.dilation not in (1, (1, 1))
+        or pool.return_indices
+        or pool.ceil_mode
+    ):
+        return f"p4_1 was reconfigured: {_settings(pool, 'ceil_mode', 'return_indices')}"
+    if (reason := _wrapped(pool)) is not None:
+        return f"p4_1 {reason}"
+    return None
+
+
+def _settings(child: nn.Module, *more: str) -> str:
+    # Not the child's repr, which fails for settings that its forward takes, such as a convolution's padding=1.
+    return ", ".join(f"{k}={getattr(child, k)!r}" for k in ("kernel_size", "stride", "padding", "dilation", *more))
+
+
+def _wrapped(child: nn.Module) -> str | None:
+    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+        return "has hooks"
+    if "forward" in child.__dict__ or "_conv_forward" in child.__dict__:
+        return "has a forward of its own"
+    return None

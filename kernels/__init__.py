@@ -1,0 +1,7 @@
+"""Hold the Triton kernels, one file a launch; import them as ``fastinception.kernels``."""
+
+if __name__ != "fastinception.kernels":
+    raise ImportError(
+        f"this folder is the package fastinception.kernels, not {__name__!r}: import fastinception.kernels "
+        "(a top-level 'kernels' is another project's name)"
+    )

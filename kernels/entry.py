@@ -1,0 +1,202 @@
+"""Level 0, one launch: the 1x1 convolutions that read x as one GEMM, and the max pool with its projection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastinception.kernels import configs, target
+from fastinception.kernels.epilogue import bias_relu, out_strides, store_active
+
+
+@triton.jit
+def _gemm_tile(
+    row_tile, column_tile, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
+    M, K, pixels, stride_on, stride_op, stride_oc, stride_mask,
+    WIDTHS: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``relu(x @ w.T + b)`` for one tile of the convolutions side by side, each column stored where it belongs."""
+    offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < M
+
+    # One pointer for each column, chosen among the convolutions' weights: no packed copy, no extra launch.
+    w_rows = w_ptrs[0] + offs_n * K
+    b_columns = b_ptrs[0] + offs_n
+    first = WIDTHS[0]
+    for i in tl.static_range(1, len(WIDTHS)):
+        w_rows = tl.where(offs_n < first, w_rows, w_ptrs[i] + (offs_n - first) * K)
+        b_columns = tl.where(offs_n < first, b_columns, b_ptrs[i] + (offs_n - first))
+        first += WIDTHS[i]
+    mask_n = offs_n < first
+    if ALIGNED:  # Triton 3.9 forgets it in tl.where, and then copies the weights two bytes at a time, unpipelined
+        w_rows = tl.multiple_of(w_rows, 16)
+
+    # Rows past the end read the last row instead of a masked one: their results are never stored.
+    x_rows = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None] * K
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
+    for k in range(0, K, BLOCK_K):
+        w_offsets = w_rows[None, :] + (k + offs_k)[:, None]
+        if EVEN_K:
+            x = tl.load(x_rows + (k + offs_k)[None, :])  # [BLOCK_M, BLOCK_K]
+            w = tl.load(w_offsets, mask=mask_n[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
+        else:
+            mask_k = k + offs_k < K
+            x = tl.load(x_rows + (k + offs_k)[None, :], mask=mask_k[None, :], other=0.0)
+            w = tl.load(w_offsets, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+    y = bias_relu(acc, b_columns, 0, mask_n, out_ptr.dtype.element_ty)
+    rows = offs_m.to(tl.int64)
+    out_rows = (rows // pixels) * stride_on + (rows % pixels) * stride_op
+    out = out_ptr + out_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_oc
+    tl.store(out, y, mask=mask_m[:, None] & (offs_n < WIDTHS[0])[None, :])
+    if SAVE:
+        store_active(mask_ptr, y, offs_m, offs_n, mask_m, WIDTHS[0], stride_mask, BLOCK_M, BLOCK_N)
+    start = WIDTHS[0]
+    for i in tl.static_range(1, len(WIDTHS)):
+        columns = offs_n - start
+        inside = (columns >= 0) & (columns < WIDTHS[i])
+        dense = dense_ptrs[i - 1] + rows[:, None] * WIDTHS[i] + columns[None, :]
+        tl.store(dense, y, mask=mask_m[:, None] & inside[None, :])
+        start += WIDTHS[i]
+
+
+@triton.jit
+def _pool_tile(
+    row_tile, column_tile, x_ptr, w_ptr, b_ptr, out_ptr, mask_ptr,
+    M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
+    C4: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``relu(max_pool2d(x, 3, 1, 1) @ w.T + b)`` for one tile.
+
+    A tap outside the image is replaced by the border pixel, which its window holds already: the maximum is the
+    same, and no -inf and no mask is needed.
+    """
+    offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < M
+    mask_n = offs_n < C4
+    pixel = tl.minimum(offs_m, M - 1)
+    h = (pixel // W) % H
+    w = pixel % W
+    up = tl.where(h > 0, -W, 0)
+    down = tl.where(h < H - 1, W, 0)
+    left = tl.where(w > 0, -1, 0)
+    right = tl.where(w < W - 1, 1, 0)
+
+    # The product is transposed, [BLOCK_N, BLOCK_M]: pooled as the left operand would send each of the nine loads
+    # through shared memory on sm_90.
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=1):  # nine loads a step: pipelined, they take 172 KB
+        columns = k + offs_k
+        mask_k = columns < K
+        for tap in tl.static_range(9):
+            dh = up if tap // 3 == 0 else (down if tap // 3 == 2 else 0)
+            dw = left if tap % 3 == 0 else (right if tap % 3 == 2 else 0)
+            x_tap = x_ptr + (pixel + dh + dw).to(tl.int64)[:, None] * K + columns[None, :]
+            value = tl.load(x_tap) if EVEN_K else tl.load(x_tap, mask=mask_k[None, :], other=0.0)
+            pooled = value if tap == 0 else tl.maximum(pooled, value, propagate_nan=tl.PropagateNan.ALL)  # noqa: F821  # set by tap 0
+        w_tile = tl.load(
+            w_ptr + offs_n[:, None] * K + columns[None, :], mask=mask_n[:, None] & mask_k[None, :], other=0.0
+        )
+        acc = tl.dot(w_tile, tl.trans(pooled.to(w_tile.dtype)), acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+    y = bias_relu(tl.trans(acc), b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty)
+    rows = offs_m.to(tl.int64)
+    out_rows = (rows // (H * W)) * stride_on + (rows % (H * W)) * stride_op
+    out = out_ptr + out_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_oc
+    tl.store(out, y, mask=mask_m[:, None] & mask_n[None, :])
+    if SAVE:
+        store_active(mask_ptr, y, offs_m, offs_n, mask_m, C4, stride_mask, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _entry_kernel(
+    x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr, pool_w_ptr, pool_b_ptr, pool_out_ptr, pool_mask_ptr,
+    M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
+    WIDTHS: tl.constexpr, GEMM_TILES: tl.constexpr, POOL_WIDTH: tl.constexpr,
+    EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    POOL_M: tl.constexpr, POOL_N: tl.constexpr, POOL_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of the GEMM or of the pooled branch.
+
+    For each block of rows first its GEMM tiles, then its pool tiles, so that x comes from device memory once and
+    from the L2 cache after that.
+    """
+    POOL_COLUMNS: tl.constexpr = (POOL_WIDTH + POOL_N - 1) // POOL_N
+    TILES: tl.constexpr = GEMM_TILES + (BLOCK_M // POOL_M) * POOL_COLUMNS
+    row_tile = tl.program_id(0) // TILES
+    tile = tl.program_id(0) % TILES
+    if tile < GEMM_TILES:
+        _gemm_tile(
+            row_tile, tile, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
+            M, K, H * W, stride_on, stride_op, stride_oc, stride_mask,
+            WIDTHS, EVEN_K, ALIGNED, PRECISION, SAVE, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        pool_tile = tile - GEMM_TILES
+        _pool_tile(
+            row_tile * (BLOCK_M // POOL_M) + pool_tile // POOL_COLUMNS, pool_tile % POOL_COLUMNS,
+            x_ptr, pool_w_ptr, pool_b_ptr, pool_out_ptr, pool_mask_ptr,
+            M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
+            POOL_WIDTH, EVEN_K, PRECISION, SAVE, POOL_M, POOL_N, POOL_K,
+        )  # fmt: skip
+
+
+def entry(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    pool_weight: Tensor,
+    pool_bias: Tensor,
+    out: Tensor,
+    pool_column: int,
+    denses: Sequence[Tensor],
+    mask: Tensor | None,
+    pool_mask_column: int,
+) -> None:
+    """Launch level 0 on ``x``'s device and current stream.
+
+    Args:
+        x: ``[N, K, H, W]``, contiguous in channels_last: a row-major matrix ``[M, K]`` with ``M = N*H*W``.
+        weights, biases: of the merged 1x1 convolutions, ``[O_i, K, 1, 1]`` and ``[O_i]``, contiguous.
+        pool_weight, pool_bias: of the projection behind the max pool, ``[C4, K, 1, 1]`` and ``[C4]``, contiguous.
+        out: ``[N, C, H, W]``, contiguous in either memory format. Channels ``[0, O_0)`` get the first convolution,
+            ``[pool_column, pool_column + C4)`` the pooled branch; the others are left alone.
+        denses: one ``[N, O_i, H, W]`` in channels_last for every convolution after the first.
+        mask: ``[M, bytes]`` uint8, the packed ReLU mask of ``out`` (one bit an element, each branch starts a byte);
+            None skips it.
+        pool_mask_column: the byte at which the pooled branch starts in ``mask``.
+
+    All floating tensors have x's dtype. Checked by the caller.
+    """
+    n, channels, height, width = x.shape
+    rows = n * height * width
+    widths = tuple(w.shape[0] for w in weights)
+    gemm, pool = configs.gemm(sum(widths), x.dtype), configs.pool(pool_weight.shape[0], x.dtype)
+    save = mask is not None
+    aligned = channels * x.itemsize % 16 == 0 and all(w.data_ptr() % 16 == 0 for w in weights)
+    mask_bytes = mask if mask is not None else out  # never written where SAVE is off
+    column_tiles = triton.cdiv(sum(widths), gemm.block_n)
+    pool_tiles = gemm.block_m // pool.block_m * triton.cdiv(pool_weight.shape[0], pool.block_n)
+    grid = (triton.cdiv(rows, gemm.block_m) * (column_tiles + pool_tiles),)
+    with target.device_of(x):
+        _entry_kernel[grid](
+            x, tuple(weights), tuple(biases), out, tuple(denses), mask_bytes,
+            pool_weight, pool_bias, out[:, pool_column:], mask_bytes[:, pool_mask_column:] if save else out,
+            rows, channels, height, width, *out_strides(out), mask_bytes.stride(0),
+            WIDTHS=widths, GEMM_TILES=column_tiles, POOL_WIDTH=pool_weight.shape[0],
+            EVEN_K=channels % gemm.block_k == 0, ALIGNED=aligned, PRECISION=target.input_precision(x.dtype), SAVE=save,
+            BLOCK_M=gemm.block_m, BLOCK_N=gemm.block_n, BLOCK_K=gemm.block_k,
+            POOL_M=pool.block_m, POOL_N=pool.block_n, POOL_K=pool.block_k,
+            num_warps=gemm.num_warps, num_stages=gemm.num_stages,
+        )  # fmt: skip

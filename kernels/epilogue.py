@@ -1,0 +1,41 @@
+"""Finish a tile of any level: bias, ReLU, one rounding, and the packed ReLU mask that the backward needs."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def bias_relu(acc, b_ptr, offs_n, mask_n, dtype: tl.constexpr):
+    """Return ``relu(round(acc + bias))``. ``y <= 0`` is false for NaN, so that NaN passes as in ATen."""
+    bias = tl.load(b_ptr + offs_n, mask=mask_n, other=0.0)
+    y = (acc + bias[None, :].to(acc.dtype)).to(dtype)
+    return tl.where(y <= 0.0, 0.0, y)
+
+
+@triton.jit
+def store_active(
+    mask_ptr, y, offs_m, offs_n, mask_m, columns, stride_mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Store one bit an element, set where ReLU passes the gradient: channel ``8*b + i`` is bit ``i`` of byte ``b``."""
+    active = ((y <= 0.0) == 0) & (offs_n < columns)[None, :]  # [BLOCK_M, BLOCK_N]
+    bits = tl.reshape(active.to(tl.int32), (BLOCK_M, BLOCK_N // 8, 8)) << tl.arange(0, 8)[None, None, :]
+    offs_b = tl.min(tl.reshape(offs_n, (BLOCK_N // 8, 8)), axis=1) // 8  # [BLOCK_N // 8]
+    tl.store(
+        mask_ptr + offs_m.to(tl.int64)[:, None] * stride_mask + offs_b[None, :],
+        tl.sum(bits, axis=2).to(tl.uint8),
+        mask=mask_m[:, None] & (offs_b * 8 < columns)[None, :],
+    )
+
+
+def out_strides(out: Tensor) -> tuple[int, int, int]:
+    """Return the strides of ``out`` in elements from image to image, pixel to pixel and channel to channel.
+
+    Computed, not read: where a dimension has size 1, a tensor's own stride may be any number.
+    """
+    _, channels, height, width = out.shape
+    pixels = height * width
+    if out.is_contiguous(memory_format=torch.channels_last):
+        return pixels * channels, channels, 1
+    return channels * pixels, 1, pixels

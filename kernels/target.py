@@ -1,0 +1,50 @@
+"""Answer what the device and the installed Triton can run. Nothing here touches a device at import."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+# Looked up, not imported: that would cost every user half a second, and torch.compile cannot trace the look-up.
+_MISSING = None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
+
+
+def interpreted() -> bool:
+    """Tell whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why the kernels cannot run on ``device`` in ``dtype``, or None where they can."""
+    if _MISSING is not None:
+        return _MISSING
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"the kernels know float16, bfloat16, float32 and float64, and x is {dtype}"
+    if interpreted():
+        if dtype is torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 products wrongly"
+        if device.type != "cpu":
+            return f"TRITON_INTERPRET=1 is set, which runs kernels on cpu tensors only, and x is on {device}"
+        return None
+    if device.type != "cuda":
+        return f"x is on {device}, and Triton runs on CUDA and ROCm devices"
+    if dtype is torch.float64:
+        return "float64 has no tensor-core product in Triton on every supported GPU"
+    return None
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """Return ``tl.dot``'s input precision: float32 follows PyTorch's convolution TF32 switch, not matmul's."""
+    if dtype is torch.float32 and not interpreted():
+        for switch in (torch.backends.cudnn.conv, torch.backends.cudnn, torch.backends):
+            if switch.fp32_precision != "none":  # "none" leaves it to the next wider switch
+                return "tf32" if switch.fp32_precision == "tf32" else "ieee"
+    return "ieee"
+
+
+def device_of(x: torch.Tensor) -> AbstractContextManager[None]:
+    """Make x's device the current one: Triton launches on the current device's current stream."""
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

@@ -1,0 +1,490 @@
+"""Test that bench/compare.py refuses wrong numbers, times only what it says, and reports what it timed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench import agreement, compare, harness, record, report
+from fastinception import FastInception, GoogLeNet
+from fastinception.reference import Inception
+
+SCRIPT = Path(compare.__file__)
+TINY = ["--synthetic", "--device", "cpu", "--batch-size", "2", "--image-size", "32"]
+ROW_KEYS = {
+    "variant",
+    "mode",
+    "dtype",
+    "layout",
+    "compiled",
+    "examples_per_second",
+    "spread",
+    "ratio_to_plain",
+    "ratio_to_best_plain",
+}
+EAGER = ["plain eager NCHW", "plain eager channels_last", "FastInception eager"]
+
+
+@pytest.fixture
+def fast_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure as little as possible, and nothing compiled."""
+    short = {key: compare.Schedule(warmup=0.0, rounds=1, seconds=0.0) for key in compare.SCHEDULES}
+    monkeypatch.setattr(compare, "SCHEDULES", short)
+    monkeypatch.setattr(harness, "MIN_SAMPLE", 0.0)
+    monkeypatch.setattr(compare, "compile_failure", lambda device: "switched off by a test")
+
+
+def _row(variant: str, speed: float, mode: str = "inference", dtype: str = "fp32") -> dict[str, Any]:
+    return {
+        "variant": variant,
+        "mode": mode,
+        "dtype": dtype,
+        "layout": "channels_last",
+        "compiled": False,
+        "examples_per_second": speed,
+        "spread": [speed, speed],
+    }
+
+
+def _strict(path: Path) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def _tiny_net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+
+def _tiny_runner(mode: str, dtype: str, **options: Any) -> harness.Runner:
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(4, 1, 8, 8, generator=generator), torch.arange(4)
+    return harness.Runner(_tiny_net(), images, labels, mode=mode, dtype=dtype, **options)
+
+
+def test_the_script_writes_what_it_measured(tmp_path: Path) -> None:
+    # From another folder, as a program, and on a machine that cannot compile.
+    environment = {
+        **{name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")},
+        "CXX": "there-is-no-such-compiler",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    options = ["--quick", "--mode", "both", "--dtype", "fp32", "bf16", "--json", "r.json", "--plot", "r.png"]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *TINY, *options],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = _strict(tmp_path / "r.json")
+    assert set(result) == {"conditions", "rows"}
+    about = result["conditions"]
+    assert about["batch_size"] == 2
+    assert about["image_size"] == 32
+    assert about["threads"] == 1
+    assert about["torch"] == torch.__version__
+    assert about["device_type"] == "cpu"
+    assert {"device", "driver", "triton", "python", "commit", "date", "spread"} <= set(about)
+    assert "SYNTHETIC" in about["data"]
+    assert "SYNTHETIC" in done.stdout
+    assert any("no compiled rows" in note for note in about["notes"])
+
+    rows = result["rows"]
+    groups = {(mode, dtype) for mode in ("inference", "training") for dtype in ("fp32", "bf16")}
+    assert {(row["mode"], row["dtype"]) for row in rows} == groups
+    for mode, dtype in groups:
+        group = [row for row in rows if (row["mode"], row["dtype"]) == (mode, dtype)]
+        assert [row["variant"] for row in group] == EAGER
+        assert [row["layout"] for row in group] == ["NCHW", "channels_last", "channels_last"]
+        speeds = [row["examples_per_second"] for row in group]
+        for row, speed in zip(group, speeds, strict=True):
+            assert set(row) == ROW_KEYS
+            assert row["compiled"] is False
+            low, high = row["spread"]
+            assert 0 < low <= speed <= high < math.inf
+            assert row["ratio_to_plain"] == speed / speeds[0]
+            assert row["ratio_to_best_plain"] == speed / max(speeds[:2])
+            # What the reader sees is what the file says.
+            assert f"{speed:.1f}" in done.stdout
+        assert f"agrees: {mode}, {dtype}, FastInception eager" in done.stdout
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["r.json", "r.png"]
+
+
+class _Swapped(Inception):
+    """Branches 2 and 3 come out in the wrong order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        widths = [conv.out_channels for conv in (self.p1_1, self.p2_2, self.p3_2, self.p4_2)]
+        one, two, three, four = out.split(widths, dim=1)
+        return torch.cat((one, three, two, four), dim=1)
+
+
+class _NotANumber(Inception):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float("nan")
+
+
+class _NoBias(Inception):
+    """One bias in 57 is forgotten."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.p1_1.in_channels == 192:
+            nn.init.zeros_(self.p4_2.get_parameter("bias"))
+        return super().forward(x)
+
+
+class _WrongGradient(Inception):
+    """The output is right; the gradient of one weight in each block is half of what it should be."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if out.requires_grad and not self.p2_2.weight._backward_hooks:
+            self.p2_2.weight.register_hook(lambda grad: grad / 2)
+        return out
+
+
+class _LostGradient(Inception):
+    def forward(self, x: Tensor) -> Tensor:
+        self.p3_1.get_parameter("bias").requires_grad_(False)
+        return super().forward(x)
+
+
+@pytest.mark.usefixtures("fast_schedule")
+@pytest.mark.parametrize(
+    ("block", "mode", "dtype", "what"),
+    [
+        (_Swapped, "inference", "fp32", "output"),
+        (_Swapped, "inference", "bf16", "output"),
+        (_NotANumber, "inference", "fp32", "output"),
+        (_NoBias, "inference", "fp32", "output"),
+        (_WrongGradient, "training", "fp32", "gradient of 2.0.p2_2.weight"),
+        (_WrongGradient, "training", "bf16", "gradient of 2.0.p2_2.weight"),
+        (_LostGradient, "training", "fp32", "gradient of 2.0.p3_1.bias"),
+    ],
+)
+def test_a_wrong_block_is_not_timed(
+    block: type[Inception],
+    mode: str,
+    dtype: str,
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setitem(compare.BLOCKS, "FastInception", block)
+    result = tmp_path / "result.json"
+    assert compare.main([*TINY, "--mode", mode, "--dtype", dtype, "--json", str(result)]) == 1
+    printed = capsys.readouterr()
+    assert f"FAILED: {mode}, {dtype}, FastInception eager: {what}" in printed.err
+    assert "examples/s" not in printed.out
+    assert not result.exists()
+
+
+@pytest.mark.usefixtures("fast_schedule")
+def test_compiled_variants_are_rows_and_the_better_rival_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    compiled: list[dict[str, Any]] = []
+
+    def fake_compile(net: nn.Module, **options: Any) -> nn.Module:
+        compiled.append(options)
+        return net
+
+    monkeypatch.setattr(compare, "compile_failure", lambda device: None)
+    monkeypatch.setattr(torch, "compile", fake_compile)
+    result = tmp_path / "result.json"
+    assert compare.main([*TINY, "--mode", "training", "--dtype", "fp32", "--json", str(result)]) == 0
+    rows = _strict(result)["rows"]
+    assert [row["variant"] for row in rows] == [*EAGER, "plain compiled", "FastInception compiled"]
+    assert [row["compiled"] for row in rows] == [False, False, False, True, True]
+    assert [options.get("options") for options in compiled] == [
+        None,
+        {"force_layout_optimization": True},
+        None,
+    ]
+    assert all(options["fullgraph"] for options in compiled)
+    (note,) = _strict(result)["conditions"]["notes"]
+    shown = [float(word) for word in note.split() if word.replace(".", "").isdigit()]
+    assert len(shown) == 2
+    assert f"{rows[3]['examples_per_second']:.1f}" == f"{max(shown):.1f}"
+
+
+def test_ratios_take_the_best_of_all_plain_rows() -> None:
+    speeds = {"plain eager NCHW": 10.0, "plain eager channels_last": 30.0, "plain compiled": 20.0}
+    rows = [_row(name, speed) for name, speed in {**speeds, "FastInception compiled": 45.0}.items()]
+    found = report.with_ratios(rows)
+    assert [row["ratio_to_plain"] for row in found] == [1.0, 3.0, 2.0, 4.5]
+    assert [row["ratio_to_best_plain"] for row in found] == [10 / 30, 1.0, 20 / 30, 1.5]
+
+
+def test_the_cross_precision_line_names_both_precisions_and_its_rows() -> None:
+    rows = [
+        _row("plain eager NCHW", 10.0),
+        _row("plain eager NCHW", 20.0, dtype="bf16"),
+        _row("FastInception compiled", 30.0),
+        _row("FastInception compiled", 70.0, dtype="bf16"),
+        _row("FastInception compiled", 900.0, dtype="bf16", mode="training"),
+    ]
+    line = report.cross_precision("inference", rows)
+    assert line is not None
+    for words in ("cross-precision", "bf16", "fp32", "7.00x"):
+        assert words in line
+    assert report.cross_precision("training", rows) is None
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Stop the clock: its time is what the test adds to the one number in the list."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_the_first_call_is_in_no_sample_and_a_sample_is_the_time_of_one_call(clock: list[float]) -> None:
+    calls = {"a": 0, "b": 0}
+
+    def run(name: str, seconds: float) -> None:
+        calls[name] += 1
+        clock[0] += 100.0 if calls[name] == 1 else seconds
+
+    runs = {"a": lambda: run("a", 0.001), "b": lambda: run("b", 0.5)}
+    *_, (samples, rounds) = harness.interleave(runs, lambda: None, warmup=1.0, rounds=3, seconds=0.0)
+    assert rounds == 3
+    assert samples == {"a": [pytest.approx(0.001)] * 3, "b": [pytest.approx(0.5)] * 3}
+    # A second of warm-up, then as many calls a sample as make it long enough for the clock.
+    assert calls["a"] == pytest.approx(1 + 1000 + 3 * harness.MIN_SAMPLE / 0.001, abs=2)
+    assert calls["b"] == 1 + 2 + 3
+
+
+def test_more_rounds_are_taken_where_the_seconds_allow(clock: list[float]) -> None:
+    def run() -> None:
+        clock[0] += 0.5
+
+    *_, (samples, rounds) = harness.interleave({"a": run}, lambda: None, warmup=0.0, rounds=3, seconds=5.0)
+    assert rounds == len(samples["a"]) == 10
+
+
+def test_rounds_take_turns_and_each_starts_with_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "MIN_SAMPLE", 0.0)
+    order: list[str] = []
+    runs = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    for samples, _ in harness.interleave(runs, lambda: None, warmup=0.0, rounds=3, seconds=0.0):
+        if not samples["a"]:
+            order.clear()
+    assert "".join(order) == "abc" + "bca" + "cab"
+
+
+def test_every_sample_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    pending = [0]
+    waited: list[int] = []
+
+    def launch() -> None:
+        pending[0] += 1
+
+    def sync() -> None:
+        waited.append(pending[0])
+        pending[0] = 0
+
+    clock_saw: list[int] = []
+    real = time.perf_counter
+
+    def clock() -> float:
+        clock_saw.append(pending[0])
+        return real()
+
+    monkeypatch.setattr(time, "perf_counter", clock)
+    for _ in harness.interleave({"a": launch}, sync, warmup=0.0, rounds=2, seconds=0.0):
+        pass
+    assert sum(waited) > 2
+    assert set(clock_saw) == {0}
+
+
+def test_a_rate_is_the_median_with_its_quartiles() -> None:
+    assert harness.rate([1.0, 0.5, 0.25, 0.2, 10.0], 2) == (4.0, [2.0, 8.0])
+    assert harness.rate([0.5], 2) == (4.0, [4.0, 4.0])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_inference_casts_and_leaves_the_network_alone(dtype: str) -> None:
+    runner = _tiny_runner("inference", dtype, layout="channels_last")
+    before = [p.clone() for p in runner.net.parameters()]
+    runner()
+    logits = runner.evaluate()
+    assert logits.dtype == harness.DTYPES[dtype]
+    assert logits.is_inference()
+    assert all(torch.equal(p, q) for p, q in zip(runner.net.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_a_training_call_is_one_sgd_step_from_unscaled_gradients(dtype: str) -> None:
+    runner = _tiny_runner("training", dtype)
+    before = {name: p.detach().clone() for name, p in runner.net.named_parameters()}
+    assert runner.evaluate().dtype == harness.DTYPES[dtype]
+    found = runner.gradients()
+    truth = _tiny_net().double()
+    truth.load_state_dict(before)
+    nn.functional.cross_entropy(truth(runner.images.double()), runner.labels).backward()
+    runner()
+    runner.evaluate()  # a second backward must not add to the first
+    tolerance = {"rtol": 0.0, "atol": 1e-6 if dtype == "fp32" else 2e-2}
+    for name, p in truth.named_parameters():
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name].double(), p.grad, **tolerance)
+        stepped = before[name].double() - 0.1 * p.grad
+        torch.testing.assert_close(runner.net.get_parameter(name).double(), stepped, **tolerance)
+    assert found["4.weight"].abs().max() > 0.05  # the tolerance is not above what it compares
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_a_cuda_graph_computes_what_eager_computes(mode: str, dtype: str) -> None:
+    images, labels = torch.rand(4, 1, 8, 8, device="cuda"), torch.arange(4, device="cuda")
+    net, twin = _tiny_net(), _tiny_net()
+    twin.load_state_dict(net.state_dict())
+    eager = harness.Runner(net, images, labels, mode=mode, dtype=dtype)
+    graph = harness.Runner(twin, images, labels, mode=mode, dtype=dtype, cuda_graph=True)
+    for _ in range(3):
+        torch.testing.assert_close(graph.evaluate(), eager.evaluate())
+        if mode == "training":
+            torch.testing.assert_close(graph.gradients(), eager.gradients())
+        graph()
+        eager()
+    torch.testing.assert_close(dict(twin.named_parameters()), dict(net.named_parameters()))
+
+
+def test_a_gpu_run_has_every_compile_mode_and_cuda_graph_of_both() -> None:
+    names = [v.name for v in compare.variants("inference", torch.device("cuda"), compiles=True, quick=False)]
+    assert names[0] == "plain eager NCHW"
+    for way in ("eager", "compiled", "max-autotune", "reduce-overhead", "CUDA graph"):
+        for block in ("plain", "FastInception"):
+            assert any(name.startswith(f"{block} {way}") for name in names)
+
+
+def _write_idx(folder: Path, count: int) -> np.ndarray[Any, Any]:
+    images = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+    header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in images.shape)
+    (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + images.tobytes()))
+    labels = (np.arange(count) % 10).astype(np.uint8)
+    header = b"\0\0\x08\x01" + count.to_bytes(4, "big")
+    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + labels.tobytes()))
+    return images
+
+
+def test_the_batch_is_the_first_test_images_as_floats(tmp_path: Path) -> None:
+    images = _write_idx(tmp_path, 5)
+    batch = harness.load_batch(3, 28, torch.device("cpu"), synthetic=False, data_root=tmp_path)
+    assert torch.equal(batch.images, torch.from_numpy(images[:3, None]).float() / 255)
+    assert batch.labels.tolist() == [0, 1, 2]
+    assert str(tmp_path) in batch.source
+
+
+@pytest.mark.parametrize("images", [0, 3])
+def test_missing_data_is_an_error_and_not_replaced(
+    images: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if images:
+        _write_idx(tmp_path, images)
+    assert compare.main(["--device", "cpu", "--batch-size", "4", "--data-root", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert ("there are only 3" if images else str(tmp_path)) in printed.err
+    assert printed.out == ""
+
+
+def test_json_is_strict_and_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.json"
+    record.write_json({"rows": [1]}, path)
+    with pytest.raises(ValueError, match="JSON"):
+        record.write_json({"rows": [math.nan]}, path)
+    assert _strict(path) == {"rows": [1]}
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        record.write_json({"rows": [2]}, path)
+    assert _strict(path) == {"rows": [1]}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--device", "toaster"], "must be cpu, cuda, cuda:N or auto"),
+        (["--device", "meta"], "must be cpu, cuda, cuda:N or auto"),
+        (["--batch-size", "0"], "at least 1"),
+        (["--dtype", "fp8"], "fp8"),
+        (["--json", "no/such/folder/r.json"], "there is no folder"),
+        (["--plot", "r.pdf"], ".png"),
+        (["--synthetic", "--data-root", "."], "exclude each other"),
+    ],
+)
+def test_a_bad_option_ends_with_status_2_before_any_work(
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def work(*_: Any, **__: Any) -> None:
+        raise AssertionError("work began")
+
+    monkeypatch.setattr(compare, "load_batch", work)
+    with pytest.raises(SystemExit) as stop:
+        compare.main(options)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_truth_is_one_fp64_pass_of_the_plain_network() -> None:
+    torch.manual_seed(0)
+    weights = agreement.check_weights()
+    images, labels = torch.rand(35, 1, 16, 16), torch.arange(35) % 10  # more than one of its pieces
+    found = agreement.truth(weights, images, labels, True)
+    net = GoogLeNet().double()
+    net.load_state_dict(weights)
+    logits = net(images.double())
+    nn.functional.cross_entropy(logits, labels).backward()
+    torch.testing.assert_close(found.logits, logits.detach())
+    torch.testing.assert_close(found.gradients, {name: p.grad for name, p in net.named_parameters()})
+
+
+def test_a_lost_gradient_is_seen_through_any_noise() -> None:
+    noisy = agreement.Errors(0.01, {"a": 0.6, "b": 0.1}, 0.5)
+    agreement.check("all is well", noisy, noisy)
+    with pytest.raises(agreement.Disagreement, match="wrong: gradient of b"):
+        agreement.check("wrong", agreement.Errors(0.01, {"a": 0.6, "b": 1.0}, 0.5), noisy)
+
+
+def test_the_check_weights_let_bf16_see_a_wrong_block() -> None:
+    # The reason for them: logits that depend on the image by more than bf16's rounding.
+    torch.manual_seed(0)
+    images = torch.rand(8, 1, 32, 32)
+    found = agreement.truth(agreement.check_weights(), images, torch.arange(8), False)
+    assert found.logits.std(0).mean() > 0.02 * found.logits.abs().mean()
+
+
+def test_the_fast_side_is_fastinception() -> None:
+    assert compare.BLOCKS["plain"] is Inception
+    assert compare.BLOCKS["FastInception"] is FastInception

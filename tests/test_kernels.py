@@ -1,0 +1,680 @@
+"""The launchers against torch, under the interpreter, inside poisoned memory; and what the compiler makes of them."""
+
+from __future__ import annotations
+
+import collections
+import json
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastinception import FastInception
+
+pytest.importorskip("triton")
+
+from triton.runtime import interpreter
+
+from fastinception.kernels import configs, target
+from fastinception.kernels import entry as entry_module
+from fastinception.kernels import spatial as spatial_module
+from fastinception.kernels.entry import entry
+from fastinception.kernels.spatial import Conv, spatial
+
+ROOT = Path(__file__).resolve().parent.parent
+INTERPRETED = target.interpreted()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# NumPy's, under the interpreter, on the infinities that some tests are about.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.*"),
+]
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="looks at single loads and stores")
+DTYPES = (torch.float16, torch.float32, torch.float64)
+FORMATS = (torch.channels_last, torch.contiguous_format)
+# Elements of poison on each side of a tensor: a multiple of every alignment, and what a lost mask reaches in rows.
+FRAME = 1 << 14
+
+
+@pytest.fixture(autouse=True)
+def _exact_reference():
+    """Keep float32 references float32 on a GPU as well."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
+
+
+class Memory:
+    """Hand out tensors that lie inside larger storages full of poison, and check the poison afterwards."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.frames: list[Tensor] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, format: torch.memory_format) -> Tensor:
+        """Return a tensor of poison with poison around it."""
+        size = int(np.prod(shape))
+        poison = 0xA5 if dtype is torch.uint8 else float("nan")
+        storage = torch.full((size + 2 * FRAME,), poison, dtype=dtype, device=DEVICE)
+        self.frames += [storage[:FRAME], storage[FRAME + size :]]
+        return storage[FRAME:].as_strided(shape, torch.empty(shape, memory_format=format).stride(), FRAME)
+
+    def randn(self, *shape: int, dtype: torch.dtype, format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        return self.put(torch.randn(shape, generator=self.generator, dtype=torch.float64), dtype, format)
+
+    def put(self, values: Tensor, dtype: torch.dtype, format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        return self.empty(values.shape, dtype, format).copy_(values)
+
+    def assert_untouched(self) -> None:
+        for frame in self.frames:
+            assert bool((frame == 0xA5).all() if frame.dtype is torch.uint8 else frame.isnan().all())
+
+
+def assert_2x(ours: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """Check that ``ours`` is within twice the error of torch in the same dtype, plus what float64 itself rounds."""
+    error, allowed = (float((y.double() - truth).abs().max()) for y in (ours, plain))
+    tiny = (torch.finfo(torch.float32).eps if ours.dtype is torch.float32 else 4e-15) * float(truth.abs().max())
+    assert error <= 2 * allowed + tiny, f"largest error {error:.3g}, of plain torch {allowed:.3g}, tiny {tiny:.3g}"
+
+
+def relu_bits(y: Tensor) -> Tensor:
+    """Return the packed mask that belongs to one branch's ``y``: bit i of byte b is channel 8*b + i of a pixel."""
+    passed = ~(y <= 0).permute(0, 2, 3, 1).flatten(0, 2).cpu().numpy()
+    return torch.from_numpy(np.packbits(passed, axis=1, bitorder="little"))
+
+
+class Entry:
+    """One call of ``entry`` with everything that goes in and comes out, in poisoned memory."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        widths: tuple[int, int, int, int] = (3, 4, 2, 5),
+        *,
+        out_format: torch.memory_format = torch.channels_last,
+        save: bool = True,
+        weight: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.memory = memory = Memory(seed)
+        n, k, h, w = x.shape
+        dtype = x.dtype
+        self.x = memory.put(x, dtype, torch.channels_last)
+        self.weights = [memory.randn(o, k, 1, 1, dtype=dtype) for o in widths]
+        self.biases = [memory.randn(o, dtype=dtype) for o in widths]
+        if weight is not None:
+            for tensor, value in (*((t, weight) for t in self.weights), *((t, 0) for t in self.biases)):
+                tensor.fill_(value)
+        c1, c4 = widths[0], widths[3]
+        # Two channels before and after the pooled branch belong to others.
+        self.out = memory.empty((n, c1 + 2 + c4 + 2, h, w), dtype, out_format)
+        self.denses = [memory.empty((n, o, h, w), dtype, torch.channels_last) for o in widths[1:3]]
+        self.start = (c1 + 7) // 8
+        self.mask = memory.empty((n * h * w, self.start + (c4 + 7) // 8 + 1), torch.uint8, torch.contiguous_format)
+        self.c1, self.c4 = c1, c4
+        entry(
+            self.x, self.weights[:3], self.biases[:3], self.weights[3], self.biases[3], self.out, c1 + 2,
+            self.denses, self.mask if save else None, self.start,
+        )  # fmt: skip
+
+    def results(self) -> list[Tensor]:
+        return [self.out[:, : self.c1], *self.denses, self.out[:, self.c1 + 2 : self.c1 + 2 + self.c4]]
+
+    def expected(self, dtype: torch.dtype) -> list[Tensor]:
+        x = self.x.contiguous().to(dtype)
+        inputs = (x, x, x, F.max_pool2d(x, 3, 1, 1))
+        triples = zip(inputs, self.weights, self.biases, strict=True)
+        return [F.relu(F.conv2d(i, w.to(dtype), b.to(dtype))) for i, w, b in triples]
+
+    def check(self, save: bool = True) -> None:
+        for triple in zip(self.results(), self.expected(self.x.dtype), self.expected(torch.float64), strict=True):
+            assert_2x(*triple)
+        self.check_others(save)
+
+    def check_others(self, save: bool = True) -> None:
+        """Check the mask's bits, and that channels and bytes of other branches are left alone."""
+        self.memory.assert_untouched()
+        others = torch.cat((self.out[:, self.c1 : self.c1 + 2], self.out[:, self.c1 + 2 + self.c4 :]), dim=1)
+        assert bool(others.isnan().all())
+        if not save:
+            assert bool((self.mask == 0xA5).all())
+            return
+        first, _, _, last = self.results()
+        bits = torch.cat((relu_bits(first), relu_bits(last), torch.full((len(self.mask), 1), 0xA5)), dim=1)
+        torch.testing.assert_close(self.mask.cpu(), bits.to(torch.uint8), rtol=0, atol=0)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# Level 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "widths"),
+    [
+        ((1, 1, 1, 1), (1, 1, 1, 1)),
+        ((2, 17, 5, 7), (15, 17, 1, 17)),
+        ((1, 64, 4, 1), (16, 24, 8, 32)),  # a whole BLOCK_K
+        ((3, 70, 1, 6), (70, 50, 20, 65)),  # two column tiles, and a first one that spans two convolutions
+        ((3, 15, 9, 11), (8, 16, 24, 9)),  # three row tiles, the last one not full
+    ],
+)
+def test_entry(dtype, shape, widths):
+    Entry(normal(*shape, dtype=dtype), widths).check()
+
+
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("out_format", FORMATS)
+@pytest.mark.parametrize("shape", [(2, 17, 5, 3), (1, 16, 1, 9), (9, 16, 1, 1), (2, 1, 4, 4)])
+def test_entry_layouts_and_modes(shape, out_format, save):
+    Entry(normal(*shape), (9, 4, 2, 5), out_format=out_format, save=save).check(save)
+
+
+def test_nothing_is_assumed_about_alignment():
+    """Weights that start at odd addresses, as views of one flat buffer do."""
+    flat = normal(3 * 16 + 1)
+    weight = flat[1:].view(3, 16, 1, 1)
+    x = normal(2, 16, 3, 3).contiguous(memory_format=torch.channels_last).to(DEVICE)
+    out = torch.empty(2, 6, 3, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    dense = torch.empty(2, 3, 3, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    weight, bias = weight.to(DEVICE), torch.zeros(3, device=DEVICE)
+    entry(x, (weight, weight), (bias, bias), weight, bias, out, 3, (dense,), None, 0)
+    torch.testing.assert_close(out[:, :3], F.relu(F.conv2d(x, weight)))
+    torch.testing.assert_close(dense, out[:, :3].contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_pool_and_relu_treat_special_values_as_aten_does(value, sign):
+    """One special pixel at each place of the image in turn, and a plane of nothing else."""
+    h, w = 4, 3
+    x = normal(h * w + 1, 1, h, w)
+    for i in range(h * w):
+        x[i, 0, i // w, i % w] = value
+    x[-1] = value
+    case = Entry(x, (1, 1, 1, 1), weight=sign)
+    for ours, plain in zip(case.results(), case.expected(torch.float32), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0, equal_nan=True)
+    case.check_others()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinities_in_a_sum(dtype):
+    x = normal(2, 17, 3, 3, dtype=dtype)
+    x[0, 3, 1, 1], x[0, 4, 1, 1], x[1, 16, 2, 2], x[1, 0, 0, 0] = (
+        float("inf"),
+        float("-inf"),
+        float("inf"),
+        float("nan"),
+    )
+    case = Entry(x)
+    for ours, truth in zip(case.results(), case.expected(torch.float64), strict=True):
+        for kind in (torch.isnan, torch.isposinf):
+            assert torch.equal(kind(ours), kind(truth))
+    assert bool(case.results()[0].isnan().any())
+    assert bool(case.results()[0].isposinf().any())
+    case.check_others()
+
+
+def test_half_precision_sums_beyond_its_range():
+    """60000 + 60000 + ... - 60000 ... passes 65504 and comes back; without its negative half it is inf."""
+    x = torch.full((1, 34, 2, 2), 60000.0, dtype=torch.float16)
+    x[:, 17:33] = -60000.0
+    x[:, 33] = -3000.0
+    case = Entry(x, weight=1.0)
+    assert bool((case.results()[0] == 57000.0).all())
+    assert bool((case.results()[3] == 57000.0).all())
+    assert bool(Entry(x.abs(), weight=1.0).results()[0].isposinf().all())
+
+
+# Level 1
+
+
+class Spatial:
+    """One call of ``spatial`` on convolutions ``(in, out, (kh, kw), stride, padding)``, in poisoned memory."""
+
+    def __init__(
+        self,
+        n: int,
+        h: int,
+        w: int,
+        convs: list[tuple[int, int, tuple[int, int], tuple[int, int], tuple[int, int]]],
+        dtype: torch.dtype = torch.float32,
+        *,
+        out_format: torch.memory_format = torch.channels_last,
+        weight_format: torch.memory_format = torch.channels_last,
+        save: bool = True,
+        special: float | None = None,
+    ) -> None:
+        self.memory = memory = Memory()
+        self.convs, column, byte = [], 1, 1  # a channel and a byte before, between and after belong to others
+        self.own, self.own_bytes = [], []
+        for c, o, kernel, stride, padding in convs:
+            x = memory.randn(n, c, h, w, dtype=dtype, format=torch.channels_last)
+            if special is not None:
+                x[:, -1, h // 2, w // 2] = special
+            weight = memory.randn(o, c, *kernel, dtype=dtype, format=weight_format)
+            bias = memory.randn(o, dtype=dtype)
+            self.convs.append(Conv(x, weight, bias, column, byte, stride, padding))
+            self.own.append(slice(column, column + o))
+            self.own_bytes.append(slice(byte, byte + (o + 7) // 8))
+            column, byte = column + o + 1, byte + (o + 7) // 8 + 1
+        size = self.expected(torch.float64)[0].shape[2:]
+        self.out = memory.empty((n, column, *size), dtype, out_format)
+        self.mask = memory.empty((n * size.numel(), byte), torch.uint8, torch.contiguous_format)
+        self.save = save
+        spatial(self.convs, self.out, self.mask if save else None)
+
+    def expected(self, dtype: torch.dtype) -> list[Tensor]:
+        return [
+            F.relu(F.conv2d(c.x.to(dtype), c.weight.to(dtype), c.bias.to(dtype), c.stride, c.padding))
+            for c in self.convs
+        ]
+
+    def check(self) -> None:
+        dtype = self.out.dtype
+        for own, plain, truth in zip(self.own, self.expected(dtype), self.expected(torch.float64), strict=True):
+            assert_2x(self.out[:, own], plain, truth)
+        self.check_others()
+
+    def check_others(self) -> None:
+        self.memory.assert_untouched()
+        others = torch.ones(self.out.shape[1], dtype=torch.bool)
+        expected = torch.full_like(self.mask, 0xA5)
+        for own, own_bytes in zip(self.own, self.own_bytes, strict=True):
+            others[own] = False
+            if self.save:
+                expected[:, own_bytes] = relu_bits(self.out[:, own]).to(DEVICE)
+        assert bool(self.out[:, others].isnan().all())
+        torch.testing.assert_close(self.mask, expected, rtol=0, atol=0)
+
+
+SAME3, SAME5 = ((3, 3), (1, 1), (1, 1)), ((5, 5), (1, 1), (2, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("size", "channels"),
+    [
+        ((1, 1, 1), (1, 1, 1, 1)),
+        ((2, 5, 7), (15, 17, 17, 1)),
+        ((1, 1, 6), (16, 24, 8, 9)),
+        ((3, 9, 1), (3, 130, 2, 33)),  # two column tiles beside one
+        ((3, 9, 11), (4, 8, 5, 16)),  # three row tiles, the last one not full
+    ],
+)
+def test_spatial(dtype, size, channels):
+    c, o, d, p = channels
+    Spatial(*size, [(c, o, *SAME3), (d, p, *SAME5)], dtype).check()
+
+
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("out_format", FORMATS)
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_spatial_layouts_and_modes(out_format, weight_format, save):
+    convs = [(6, 9, *SAME3), (8, 3, *SAME5)]
+    Spatial(2, 4, 3, convs, out_format=out_format, weight_format=weight_format, save=save).check()
+
+
+@pytest.mark.parametrize(
+    "convs",
+    [
+        pytest.param([(3, 9, *SAME3), (5, 4, *SAME5), (8, 2, (1, 1), (1, 1), (0, 0))], id="three"),
+        pytest.param([(7, 5, (1, 7), (1, 1), (0, 3)), (8, 6, (7, 1), (1, 1), (3, 0))], id="1x7 and 7x1"),
+        pytest.param([(5, 9, (3, 3), (2, 2), (0, 0))], id="stride 2"),
+        pytest.param([(5, 9, (3, 3), (2, 2), (1, 1)), (3, 4, (5, 5), (2, 2), (2, 2))], id="stride 2, padded"),
+        pytest.param([(5, 9, (3, 3), (2, 1), (0, 1))], id="stride 2 in rows only"),
+        pytest.param([(2, 3, (1, 31), (1, 1), (0, 15))], id="31 taps"),
+    ],
+)
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_a_level_is_data(convs, weight_format):
+    for h, w in ((7, 8), (8, 5)):
+        Spatial(2, h, w, convs, weight_format=weight_format).check()
+
+
+def test_more_taps_than_bits_are_refused():
+    with pytest.raises(ValueError, match=r"at most 31 taps was expected, got 4x8"):
+        Spatial(1, 9, 9, [(1, 1, (4, 8), (1, 1), (0, 0))])
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values_stay_in_their_windows(special, dtype):
+    case = Spatial(2, 5, 6, [(3, 9, *SAME3), (9, 4, *SAME5)], dtype, special=special)
+    for own, truth in zip(case.own, case.expected(torch.float64), strict=True):
+        for kind in (torch.isnan, torch.isposinf):
+            assert torch.equal(kind(case.out[:, own]), kind(truth))
+        finite = truth.isfinite()
+        torch.testing.assert_close(case.out[:, own][finite].double(), truth[finite], rtol=0.02, atol=0.02)
+    case.check_others()
+
+
+def test_half_precision_spatial_sums_beyond_its_range():
+    x = torch.full((1, 16, 3, 3), 60000.0, dtype=torch.float16, device=DEVICE)
+    x[:, 8:] = -60000.0
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(1, 16, 3, 3, dtype=torch.float16, device=DEVICE)
+    bias = torch.full((1,), 5.0, dtype=torch.float16, device=DEVICE)
+    out = torch.empty(1, 1, 3, 3, dtype=torch.float16, device=DEVICE)
+    spatial([Conv(x, weight, bias, 0, padding=(1, 1))], out, None)
+    assert bool((out == 5.0).all())
+
+
+# Both levels: who writes what, and how often
+
+
+def block_buffers(shape: tuple[int, int, int, int], out_format: torch.memory_format, memory: Memory) -> dict[str, Any]:
+    n, k, h, w = shape
+    c1, c2, c3, c4 = (
+        9,
+        (5, 130),
+        (3, 8),
+        65,
+    )  # two column tiles of the first convolution and of the pooled branch
+    f32 = torch.float32
+    return {
+        "x": memory.randn(n, k, h, w, dtype=f32, format=torch.channels_last),
+        "widths": (c1, c2, c3, c4),
+        "out": memory.empty((n, c1 + c2[1] + c3[1] + c4, h, w), f32, out_format),
+        "r2": memory.empty((n, c2[0], h, w), f32, torch.channels_last),
+        "r3": memory.empty((n, c3[0], h, w), f32, torch.channels_last),
+        "mask": memory.empty((n * h * w, 2 + 17 + 1 + 9), torch.uint8, torch.contiguous_format),
+    }
+
+
+def launch_both(b: dict[str, Any], memory: Memory) -> None:
+    k = b["x"].shape[1]
+    c1, c2, c3, c4 = b["widths"]
+    w1, w21, w31, w42 = (memory.randn(o, k, 1, 1, dtype=torch.float32) for o in (c1, c2[0], c3[0], c4))
+    b1, b21, b31, b42, b22, b32 = (memory.randn(o, dtype=torch.float32) for o in (c1, c2[0], c3[0], c4, c2[1], c3[1]))
+    entry(
+        b["x"],
+        (w1, w21, w31),
+        (b1, b21, b31),
+        w42,
+        b42,
+        b["out"],
+        c1 + c2[1] + c3[1],
+        (b["r2"], b["r3"]),
+        b["mask"],
+        20,
+    )
+    w22 = memory.randn(c2[1], c2[0], 3, 3, dtype=torch.float32)
+    w32 = memory.randn(c3[1], c3[0], 5, 5, dtype=torch.float32)
+    level = [
+        Conv(b["r2"], w22, b22, c1, mask_column=2, padding=(1, 1)),
+        Conv(b["r3"], w32, b32, c1 + c2[1], mask_column=19, padding=(2, 2)),
+    ]
+    spatial(level, b["out"], b["mask"])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("out_format", FORMATS)
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (3, 17, 9, 5)])
+def test_every_element_is_written_exactly_once(monkeypatch, shape, out_format):
+    writes: collections.Counter[int] = collections.Counter()
+    original = interpreter.InterpreterBuilder.create_masked_store
+
+    def counted(self, ptrs, value, mask, *rest):
+        writes.update(ptrs.data[mask.data.astype(bool)].tolist())
+        return original(self, ptrs, value, mask, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", counted)
+    memory = Memory()
+    buffers = block_buffers(shape, out_format, memory)
+    launch_both(buffers, memory)
+    expected: dict[int, int] = {}
+    for name in ("out", "r2", "r3", "mask"):
+        tensor = buffers[name]
+        expected |= {tensor.data_ptr() + i * tensor.itemsize: 1 for i in range(tensor.numel())}
+    assert dict(writes) == expected
+    memory.assert_untouched()
+
+
+@needs_interpreter
+def test_each_program_computes_one_tile(monkeypatch):
+    """A list of convolutions with several row and column tiles each; no program idles or does another's work."""
+    written: dict[int, list[bool]] = {}
+    original = interpreter.InterpreterBuilder.create_masked_store
+
+    def noted(self, ptrs, value, mask, *rest):
+        written.setdefault(self.grid_idx[0], []).append(bool(mask.data.any()))
+        return original(self, ptrs, value, mask, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", noted)
+    Spatial(3, 9, 11, [(3, 130, *SAME3), (2, 140, (1, 1), (1, 1), (0, 0)), (2, 3, *SAME3)])
+    # Of 297 pixels three row tiles, of the channels two, two and one; the output and its mask are two stores.
+    assert written == {program: [True, True] for program in range(3 * (2 + 2 + 1))}
+    written.clear()
+    Entry(normal(3, 15, 9, 11), (70, 50, 20, 65))
+    # Six GEMM tiles, and two pool tiles of 64 rows and two of columns for each row tile.
+    assert sorted(written) == list(range(3 * (2 + 2 * 2)))
+    idle = [program for program, stores in written.items() if not any(stores)]
+    assert len(idle) <= 2, "only the last row tile's second half of the pooled branch lies past the end"
+
+
+@needs_interpreter
+def test_nothing_outside_is_read(monkeypatch):
+    """Poison shows what reaches a result; this shows what is read and then dropped, a fault on a GPU."""
+    reads: set[int] = set()
+    original = interpreter.InterpreterBuilder.create_masked_load
+
+    def recorded(self, ptrs, mask, *rest):
+        reads.update(np.unique(ptrs.data[mask.data.astype(bool)]).tolist())
+        return original(self, ptrs, mask, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", recorded)
+    memory = Memory()
+    launch_both(block_buffers((3, 17, 9, 5), torch.channels_last, memory), memory)
+    frames = [(frame.data_ptr(), frame.data_ptr() + frame.nbytes) for frame in memory.frames]
+    assert len(reads) > 1000
+    assert not [address for address in reads for first, end in frames if first <= address < end]
+
+
+def huge(*shape: int) -> Tensor:
+    """Return a channels_last float16 tensor in address space only: no page of it is ever touched."""
+    n, c, h, w = shape
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    space = mmap.mmap(-1, 2 * n * c * h * w, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return torch.frombuffer(space, dtype=torch.float16).view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("level", ["entry", "spatial"])
+def test_addresses_beyond_two_to_the_31_elements(monkeypatch, level):
+    """The last program of tensors with more elements than int32 counts reads and writes their last pixels.
+
+    No memory is touched: loads give zeros, stores are only noted.
+    """
+    n, c, size = 4_400_000, 16, 6
+    assert n * c * size * size > 2**31
+    x, out = huge(n, c, size, size), huge(n, 2 * c, size, size)
+    small = torch.zeros(c * c, dtype=torch.float16)
+    bias = torch.zeros(c, dtype=torch.float16)
+    loads, stores = [], []
+
+    def load(self, ptrs, mask, other, *rest):
+        loads.append(ptrs.data[mask.data.astype(bool)])
+        dtype = interpreter._get_np_dtype(ptrs.get_element_ty())
+        return interpreter.TensorHandle(np.zeros_like(ptrs.data, dtype=dtype), ptrs.get_element_ty())
+
+    def store(self, ptrs, value, mask, *rest):
+        stores.append(ptrs.data[mask.data.astype(bool)])
+
+    programs: list[int] = []
+
+    def only(self, x, y, z):
+        self.grid_idx = (programs[0], 0, 0)
+
+    class Once:
+        """Run one program of the grid only, and leave the storages alone."""
+
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            programs[:] = [grid[0] - 1 if not programs else grid[0] - 1 - programs[0]]
+            return self.kernel[(1,)]
+
+    builder = interpreter.InterpreterBuilder
+    monkeypatch.setattr(builder, "create_masked_load", load)
+    monkeypatch.setattr(builder, "create_masked_store", store)
+    monkeypatch.setattr(builder, "set_grid_idx", only)
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
+    base, end = out.data_ptr(), out.data_ptr() + 2 * out.numel()
+    if level == "entry":
+        monkeypatch.setattr(entry_module, "_entry_kernel", Once(entry_module._entry_kernel))
+        weight = small.view(c, c, 1, 1)
+        # The last program is a tile of the pooled branch; the GEMM's last tile comes before the pool tiles.
+        for behind in (0, 2):
+            programs[:] = [behind] if behind else []
+            entry(x, (weight,), (bias,), weight, bias, out, c, (), None, 0)
+    else:
+        monkeypatch.setattr(spatial_module, "_spatial_kernel", Once(spatial_module._spatial_kernel))
+        weight = small[:c].view(1, c, 1, 1)
+        spatial([Conv(x, weight, bias[:1], 0)], out, None)
+    read = np.concatenate([a[(a < small.data_ptr()) | (a >= small.data_ptr() + small.nbytes)] for a in loads])
+    read = read[(read < bias.data_ptr()) | (read >= bias.data_ptr() + bias.nbytes)]
+    written = np.concatenate(stores)
+    assert read.min() >= x.data_ptr()
+    assert read.max() == x.data_ptr() + 2 * x.numel() - 2
+    last_pixel = end - 2 * 2 * c
+    assert written.min() >= base + 2 * 2**31
+    assert written.max() == (last_pixel if level == "spatial" else end - 2)
+
+
+class Operators(TorchDispatchMode):
+    """List the operators that run, those inside the block's own operator too, but not the interpreter's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.paused = False
+        self.key = torch._C.DispatchKey.CPU if DEVICE == "cpu" else torch._C.DispatchKey.CUDA
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.paused:
+            self.names.append(str(func.name()))
+        if func is not torch.ops.fastinception.inception_forward.default:
+            return func(*args, **(kwargs or {}))
+        with self:
+            return func.redispatch(torch._C.DispatchKeySet(self.key), *args)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_two_launches_and_no_other_work(monkeypatch, grad, weight_format):
+    block = FastInception(16, 9, (4, 8), (3, 5), 7, backend="triton").to(DEVICE, memory_format=weight_format)
+    x = normal(2, 16, 4, 5).contiguous(memory_format=torch.channels_last).to(DEVICE)
+    expected = super(FastInception, block).forward(x)
+    operators, launched = Operators(), []
+    kernel = type(entry_module._entry_kernel)
+    original = kernel.run
+
+    def run(self, *args, **kwargs):
+        launched.append(self.fn.__name__)
+        operators.paused = True
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            operators.paused = False
+
+    monkeypatch.setattr(kernel, "run", run)
+    with torch.set_grad_enabled(grad), operators:
+        y = block(x)
+    torch.testing.assert_close(y, expected)
+    assert launched == ["_entry_kernel", "_spatial_kernel"]
+    views = {"aten::slice.Tensor", "aten::detach", "aten::alias", "aten::view", "aten::split_with_sizes"}
+    allocations = {"aten::empty.memory_format"}
+    compute = [name for name in operators.names if name not in views | allocations]
+    assert compute == ["fastinception::inception_forward"]
+    assert 4 <= sum(name in allocations for name in operators.names) <= 5
+
+
+# Tiles
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_m": 48}, "block_m must be a power of two"),
+        ({"block_n": 8}, "block_n must be a power of two of at least 16"),
+        ({"block_k": 0}, "block_k must be a power of two"),
+        ({"num_warps": 3}, "num_warps must be"),
+        ({"num_stages": 0}, "num_stages at least 1"),
+    ],
+)
+def test_bad_tiles_are_refused(change, message):
+    tiles = {"block_m": 64, "block_n": 64, "block_k": 32, "num_warps": 4, "num_stages": 2}
+    configs.Tiles(**tiles)
+    with pytest.raises(ValueError, match=message):
+        configs.Tiles(**{**tiles, **change})
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
+def test_tiles_of_one_launch_fit_together(dtype):
+    for columns in (1, 15, 16, 17, 100, 1024):
+        gemm, pool, spatial_ = (f(columns, dtype) for f in (configs.gemm, configs.pool, configs.spatial))
+        assert gemm.block_m % pool.block_m == 0
+        assert gemm.block_k % pool.block_k == 0
+        # The launch has one of each for all its convolutions.
+        widest = configs.spatial(1024, dtype)
+        for name in ("block_m", "block_k", "num_warps", "num_stages"):
+            assert getattr(spatial_, name) == getattr(widest, name)
+
+
+# Ahead-of-time compilation: the real compiler's view, without a GPU
+
+# Every chip, dtype, mode and block, in pairs; the whole product takes minutes. One half for each of two processes.
+CASES = (
+    ("90:3a:bfloat16:train", "90:4e:float32:train", "90:4e:float16:infer", "80:3a:bfloat16:infer"),
+    ("90:4e:bfloat16:infer", "90:3a:float32:infer", "90:3a:float16:train", "80:4e:float32:train"),
+)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "aot.py")]
+    processes = [
+        subprocess.Popen([*command, *half], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for half in CASES
+    ]
+    rows = []
+    for process in processes:
+        printed, errors = process.communicate()
+        assert process.returncode == 0, errors
+        rows += [json.loads(line) for line in printed.splitlines()]
+    return rows
+
+
+def test_compiled_kernels_fit_the_chip(compiled):
+    assert len(compiled) == 16
+    for row in compiled:
+        assert row["stack"] == row["local"] == 0, row
+        assert row["shared"] <= {"80": 163 * 1024, "90": 227 * 1024}[row["chip"]], row
+        # Eight warps of 32: a whole program must fit into the register file, 65536.
+        assert row["registers"] <= 255, row
+
+
+def test_compiled_kernels_use_tensor_cores_and_wide_accesses(compiled):
+    for row in compiled:
+        assert row["tensor_core"] >= 4, row
+        # A warp's 16-byte copies of both operands; narrow ones are the biases of the epilogue.
+        assert row["wide_loads"] >= 20, row
+        assert row["narrow_loads"] <= row["wide_loads"], row
+        assert row["wide_stores"] >= 8, row
+        assert row["pipelined_loads"] >= 12, row
