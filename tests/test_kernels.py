@@ -600,7 +600,7 @@ def test_two_launches_and_no_other_work(monkeypatch, grad, weight_format):
     allocations = {"aten::empty.memory_format"}
     compute = [name for name in operators.names if name not in views | allocations]
     assert compute == ["fastinception::inception_forward"]
-    assert 4 <= sum(name in allocations for name in operators.names) <= 5
+    assert sum(name in allocations for name in operators.names) <= 7
 
 
 # Tiles
@@ -677,4 +677,4 @@ def test_compiled_kernels_use_tensor_cores_and_wide_accesses(compiled):
         assert row["wide_loads"] >= 20, row
         assert row["narrow_loads"] <= row["wide_loads"], row
         assert row["wide_stores"] >= 8, row
-        assert row["pipelined_loads"] >= 12, row
+        assert row["pipelined_loads"] >= 24, row

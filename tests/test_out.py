@@ -64,9 +64,17 @@ def test_out_of_size_one_dimensions(path, image):
         with torch.no_grad():
             assert block(x, out=out) is out
         torch.testing.assert_close(out, expected)
-    strange = torch.full((20,), float("nan")).as_strided((1, 20, 1, 1), (7, 1, 3, 11))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_out_whose_meaningless_strides_are_nonsense(path):
+    """Contiguous by definition: the stride of a dimension of size 1 is never used, and must not be."""
+    block, _, _ = make(path)
+    x = torch.randn(1, 5, 4, 1)
+    out = torch.full((80,), float("nan")).as_strided((1, 20, 4, 1), (7, 4, 1, 99))
     with torch.no_grad():
-        torch.testing.assert_close(block(x[:, :, :1, :1], out=strange), block(x[:, :, :1, :1].contiguous()).detach())
+        torch.testing.assert_close(block(x, out=out), block(x))
+    assert out.stride() == (7, 4, 1, 99)
 
 
 @pytest.mark.parametrize("path", PATHS)
