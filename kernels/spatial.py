@@ -70,9 +70,6 @@ def _conv_tile(
         j = k + offs_k
         mask_x = (inside[:, None] & (1 << tl.minimum(j // C, 31))[None, :]) != 0  # bit 31 is never set
         mask_w = mask_n[None, :] & (j < KH * KW * C)[:, None]
-        if C % 8 == 0:  # eight channels lie within one tap: one mask for each 16-byte copy
-            mask_x = tl.max_constancy(mask_x, [1, 8])
-            mask_w = tl.max_constancy(mask_w, [8, 1])
         x_columns = j + (j // (KW * C)) * ((W - KW) * C)
         x = tl.load(x_rows + x_columns[None, :], mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_K]
         w_columns = j if PACKED_WEIGHT else (j % C) * (KH * KW) + j // C

@@ -253,6 +253,11 @@ def test_nothing_but_the_backend_lives_on_the_module():
     fast(x.requires_grad_()).sum().backward()
     with torch.inference_mode():
         fast(x)
+    with torch.no_grad():
+        first = fast(x)
+        kept = first.clone()
+        fast(x + 1)
+        assert torch.equal(first, kept)
     assert fast.__dict__.keys() - plain.__dict__.keys() == {"backend"}
     for name in CONVS:
         assert getattr(fast, name).__dict__.keys() == getattr(plain, name).__dict__.keys()
@@ -323,6 +328,8 @@ def test_ambient_defaults_change_nothing(backend, ambient):
         else:
             torch.use_deterministic_algorithms(True)
         out, ours = fast(x).detach(), gradients(fast, x, grad_out)
+        with torch.no_grad():
+            alone = fast(x)
         into = fast.eval().requires_grad_(False)(x, out=torch.empty_like(out))
     finally:
         torch.set_default_dtype(torch.float32)
@@ -331,6 +338,7 @@ def test_ambient_defaults_change_nothing(backend, ambient):
     assert (out.dtype, out.device.type) == (torch.float32, "cpu")
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(into, expected)
+    torch.testing.assert_close(alone, expected)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -352,7 +360,7 @@ def test_meta_construction_then_to_empty():
 def test_threads_share_one_module():
     """The interpreter patches Triton's language while a kernel runs, so this is for ATen only."""
     plain, fast, _ = pair()
-    inputs = [torch.randn(1 + i % 3, 5, 4 + i % 4, 6) for i in range(16)]
+    inputs = [torch.randn(4, 5, 12, 12) for _ in range(16)]  # of one shape, as what might be kept for a shape
     expected = [plain(x).detach() for x in inputs]
     failures = []
 
