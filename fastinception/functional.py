@@ -44,8 +44,10 @@ def inception(x: Tensor, params: Sequence[Tensor], *, backend: str = "auto", out
         if path.name == "triton" and not torch.compiler.is_compiling() and not out.is_inference():
             torch.autograd.graph.increment_version(out)  # a kernel writes behind autograd's back
         return out
-    if path.name == "plain" or (path.name == "aten" and not needs_grad and torch.compiler.is_compiling()):
-        return aten.compose(x, params)  # for Inductor too: it fuses what it can see
+    if path.name == "plain":
+        return aten.compose(x, params)
+    if path.name == "aten" and not needs_grad and torch.compiler.is_compiling():
+        return aten.compose_for_inductor(x, params) if x.device.type == "cpu" else aten.compose(x, params)
     if path.name == "aten" and not needs_grad:
         y = ops.empty_output(x, params)
         aten.forward(x, params, y)

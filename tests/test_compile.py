@@ -12,7 +12,7 @@ import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastinception import FastInception, GoogLeNet, Inception
+from fastinception import FastInception, GoogLeNet, Inception, aten
 from fastinception.kernels import target
 
 DEVICE = "cpu" if target.interpreted() or not torch.cuda.is_available() else "cuda"
@@ -296,3 +296,16 @@ def test_blocks_of_one_shape_share_a_graph():
             block.compile(backend=counter, fullgraph=True)
             block(image())
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("size", [(4, 3), (1, 3), (1, 1), (5, 6)])
+@pytest.mark.parametrize("layout", FORMATS)
+def test_inference_form_puts_nan_and_infinity_where_the_plain_block_does(size, layout):
+    """Its pool is padded and split: a zero pad, a lost tap or a maximum that drops NaN would show."""
+    torch.manual_seed(0)
+    block = Inception(5, 4, (3, 6), (2, 3), 7).double()
+    x = (torch.randn(3, 5, *size, dtype=torch.float64) - 3).contiguous(memory_format=layout)
+    x[0, 1, 0, 0], x[1, 2, -1, -1] = float("nan"), float("inf")
+    with torch.no_grad():
+        result = aten.compose_for_inductor(x, list(block.parameters()))
+        torch.testing.assert_close(result, block(x), equal_nan=True, rtol=1e-12, atol=1e-12)
