@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -44,14 +44,11 @@ def compose_for_inductor(x: Tensor, params: Sequence[Tensor]) -> Tensor:
     return torch.cat((p1, p2, p3, p4), dim=1)
 
 
-def forward(x: Tensor, params: Sequence[Tensor], out: Tensor, pooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Write the block of ``x`` into ``out`` and return the two reductions; ``pooled`` is x's max pool, if at hand.
+def forward(x: Tensor, params: Sequence[Tensor], out: Tensor) -> None:
+    """Write the block of ``x`` into ``out``.
 
     Every ReLU is the pass that moves a convolution's result to its place, so there is no concatenation. (oneDNN could
     fuse ReLU into the convolution, and gain 2 to 6%, but its ReLU turns NaN into 0.)
-
-    Returns:
-        What branches 2 and 3 convolve, ``[N, c2[0], H, W]`` and ``[N, c3[0], H, W]`` in channels_last.
     """
     w1, b1, w21, b21, w22, b22, w31, b31, w32, b32, w42, b42 = params
     x = x.contiguous(memory_format=torch.channels_last)
@@ -63,8 +60,34 @@ def forward(x: Tensor, params: Sequence[Tensor], out: Tensor, pooled: Tensor | N
     r3 = torch.clamp_min(e3, 0).contiguous(memory_format=torch.channels_last)
     torch.clamp_min(F.conv2d(r2, w22, b22, padding=1), 0, out=p2)
     torch.clamp_min(F.conv2d(r3, w32, b32, padding=2), 0, out=p3)
-    torch.clamp_min(F.conv2d(_max_pool(x) if pooled is None else pooled, w42, b42), 0, out=p4)
-    return r2, r3
+    torch.clamp_min(F.conv2d(_max_pool(x), w42, b42), 0, out=p4)
+
+
+def forward_saving(x: Tensor, params: Sequence[Tensor], out: Tensor) -> tuple[Tensor, ...]:
+    """Write the block of ``x`` into ``out`` and return what ``backward`` needs.
+
+    What tells ReLU's gradient from 0 is kept apart from the output, which its owner may change in place, and costs
+    no pass of its own: the convolutions' results, which the output is made from. Here the entry convolutions are not
+    merged, because the copies of its slices would be kept as well, and cost what the merging gains.
+
+    Returns:
+        r2, r3: what branches 2 and 3 convolve, ``[N, c2[0], H, W]`` and ``[N, c3[0], H, W]``.
+        p1, p2, p3, p4: the branches before their last ReLU, ``[N, c, H, W]``.
+        pooled, indices: ``max_pool2d(x, 3, 1, 1)`` and int64 ``[N, K, H, W]``, where in a plane each came from.
+        All in channels_last.
+    """
+    w1, b1, w21, b21, w22, b22, w31, b31, w32, b32, w42, b42 = params
+    x = x.contiguous(memory_format=torch.channels_last)
+    p1 = F.conv2d(x, w1, b1)
+    r2 = F.conv2d(x, w21, b21).relu_()
+    p2 = F.conv2d(r2, w22, b22, padding=1)
+    r3 = F.conv2d(x, w31, b31).relu_()
+    p3 = F.conv2d(r3, w32, b32, padding=2)
+    pooled, indices = _max_pool_with_indices(x)
+    branches = (p1, p2, p3, F.conv2d(pooled, w42, b42))
+    for branch, part in zip(branches, out.split([branch.shape[1] for branch in branches], dim=1), strict=True):
+        torch.clamp_min(branch, 0, out=part)
+    return r2, r3, *branches, pooled, indices
 
 
 def _max_pool(x: Tensor) -> Tensor:
@@ -86,19 +109,26 @@ def _max_pool(x: Tensor) -> Tensor:
 
 
 def _pointwise_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+    grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], into: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Like :func:`_conv_backward` for a 1x1 convolution of tensors in channels_last."""
+    """Like :func:`_conv_backward` for a 1x1 convolution of tensors in channels_last.
+
+    With ``into``, a gradient of x from elsewhere, x's gradient is added to it, and it is returned.
+    """
+    grad_x: Tensor | None = None
     if x.device.type != "cpu":
-        return _conv_backward(grad, x, weight, needs)
+        grad_x, grad_weight, grad_bias = _conv_backward(grad, x, weight, needs)
+        return grad_x if into is None or grad_x is None else into.add_(grad_x), grad_weight, grad_bias
     # As plain matrix products: where images are small, oneDNN's convolution gradients take up to twice as long.
     n, channels, height, width = x.shape
     matrix = grad.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])  # [N*H*W, O]
-    grad_x: Tensor | None = None
-    grad_weight: Tensor | None = None
-    grad_bias: Tensor | None = None
+    grad_weight = grad_bias = None
     if needs[0]:
-        rows = torch.mm(matrix, weight.reshape(-1, channels))  # [N*H*W, C]
+        weight_rows = weight.reshape(-1, channels)
+        if into is None:
+            rows = torch.mm(matrix, weight_rows)  # [N*H*W, C]
+        else:
+            rows = into.permute(0, 2, 3, 1).view(-1, channels).addmm_(matrix, weight_rows)
         grad_x = rows.view(n, height, width, channels).permute(0, 3, 1, 2)
     if needs[1]:
         grad_weight = _weight_gradient(matrix, x, weight, grad)
@@ -107,7 +137,7 @@ def _pointwise_backward(
     return grad_x, grad_weight, grad_bias
 
 
-def max_pool_with_indices(x: Tensor) -> tuple[Tensor, Tensor]:
+def _max_pool_with_indices(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``max_pool2d(x, 3, 1, 1)`` and int64 indices for its gradient, both in channels_last."""
     pooled, indices = torch.ops.aten.max_pool2d_with_indices(
         x.contiguous(memory_format=torch.channels_last), [3, 3], [1, 1], [1, 1]
@@ -138,65 +168,79 @@ def _weight_gradient(matrix: Tensor, x: Tensor, weight: Tensor, grad: Tensor) ->
     if len(rows) < _CHAIN:  # then its error is 2 to 5 times that of oneDNN's convolution
         _, grad_weight, _ = _conv_backward(grad, x, weight, (False, True, False))
         return cast(Tensor, grad_weight)
-    parts = [torch.mm(g.t(), r) for g, r in zip(matrix.split(_CHAIN), rows.split(_CHAIN), strict=True)]
-    return torch.stack(parts).sum(0).view(weight.shape)
+    parts, whole = len(rows) // _CHAIN, len(rows) // _CHAIN * _CHAIN
+    chains = [t[:whole].view(parts, _CHAIN, -1) for t in (matrix, rows)]
+    gradient = torch.bmm(chains[0].mT, chains[1]).sum(0)
+    if whole < len(rows):
+        gradient.addmm_(matrix[whole:].t(), rows[whole:])
+    return gradient.view(weight.shape)
 
 
 def backward(
-    grads_out: Sequence[Tensor],
+    gradient: Callable[[int, Tensor], Tensor],
     x: Tensor,
     params: Sequence[Tensor],
     r2: Tensor,
     r3: Tensor,
-    pooled: Tensor,
-    indices: Tensor,
+    pool: tuple[Tensor, Tensor] | None,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Return the gradients of ``x`` and the twelve params, None where ``needs`` says so.
 
     Args:
-        grads_out: of the four branches, ``[N, c, H, W]`` in channels_last, zero where the output's ReLU blocks.
-        r2, r3: what ``forward`` returned.
-        pooled, indices: what ``max_pool_with_indices`` returned for ``x``; where empty, it is called again.
+        gradient: ``gradient(i, out)`` fills ``out``, ``[N, c, H, W]``, with the gradient of branch ``i`` before its
+            last ReLU, and returns it.
+        r2, r3: what branches 2 and 3 convolve, in channels_last.
+        pool: ``max_pool2d_with_indices(x, 3, 1, 1)``; None where it was not kept, and is computed again.
         needs: thirteen flags, for ``x`` and the params.
 
-    The three convolutions that read ``x`` share one gradient buffer: one product gives their data gradient, where
-    three and two additions of x's size would be needed.
+    The three convolutions that read ``x`` share one gradient buffer: one product gives their data gradient, and adds
+    it to the pool's, where three and three additions of x's size would be needed.
     """
     w1, _, w21, _, w22, _, w31, _, w32, _, w42, _ = params
     need_x, n1w, n1b, n21w, n21b, n22w, n22b, n31w, n31b, n32w, n32b, n42w, n42b = needs
     x = x.contiguous(memory_format=torch.channels_last)
-    g1, g2, g3, g4 = grads_out
 
-    grad_r2, grad_w22, grad_b22 = _conv_backward(g2, r2, w22, (need_x or n21w or n21b, n22w, n22b))
-    grad_r3, grad_w32, grad_b32 = _conv_backward(g3, r3, w32, (need_x or n31w or n31b, n32w, n32b))
+    def empty(channels: int) -> Tensor:
+        shape = (x.shape[0], channels, *x.shape[2:])
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
-    reductions = (w1.shape[0], w21.shape[0], w31.shape[0])
-    n, _, height, width = x.shape
-    entry = torch.empty(
-        (n, sum(reductions), height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
-    e1, e2, e3 = entry.split(reductions, dim=1)
-    e1.copy_(g1)
-    for e, grad_r, r in ((e2, grad_r2, r2), (e3, grad_r3, r3)):
-        if grad_r is None:
-            e.zero_()
-        else:
-            torch.ops.aten.threshold_backward.grad_input(grad_r, r, 0, grad_input=e)
-    need_entry = (need_x, n1w or n21w or n31w, n1b or n21b or n31b)
-    grad_x, grad_w, grad_b = _pointwise_backward(entry, x, torch.cat((w1, w21, w31)), need_entry)
-    grad_w1, grad_w21, grad_w31 = grad_w.split(reductions) if grad_w is not None else (None,) * 3
-    grad_b1, grad_b21, grad_b31 = grad_b.split(reductions) if grad_b is not None else (None,) * 3
-
-    grad_w42 = grad_b42 = None
+    grad_x = grad_w42 = grad_b42 = None
     if need_x or n42w or n42b:
-        if pooled.numel() == 0:
-            pooled, indices = max_pool_with_indices(x)
+        pooled, indices = pool or _max_pool_with_indices(x)
+        g4 = gradient(3, empty(w42.shape[0]))
         grad_pooled, grad_w42, grad_b42 = _pointwise_backward(g4, pooled, w42, (need_x, n42w, n42b))
-        if grad_x is not None and grad_pooled is not None:
-            grad_x += torch.ops.aten.max_pool2d_with_indices_backward(
+        if grad_pooled is not None:
+            grad_x = torch.ops.aten.max_pool2d_with_indices_backward(
                 grad_pooled, x, [3, 3], [1, 1], [1, 1], [1, 1], False, indices
             )
+
+    reductions = (w1.shape[0], w21.shape[0], w31.shape[0])
+    entry = empty(sum(reductions))
+    e1, e2, e3 = entry.split(reductions, dim=1)
+    need_entry = (need_x, n1w or n21w or n31w, n1b or n21b or n31b)
+    if any(need_entry):
+        gradient(0, e1)
+    grads_spatial: list[Tensor | None] = []
+    for i, e, r, weight, needs_conv in (
+        (1, e2, r2, w22, (need_x or n21w or n21b, n22w, n22b)),
+        (2, e3, r3, w32, (need_x or n31w or n31b, n32w, n32b)),
+    ):
+        g = gradient(i, empty(weight.shape[0])) if any(needs_conv) else e
+        grad_r, *grads_conv = _conv_backward(g, r, weight, needs_conv)
+        grads_spatial += grads_conv
+        if grad_r is not None:
+            torch.ops.aten.threshold_backward.grad_input(grad_r, r, 0, grad_input=e)
+        elif any(need_entry):
+            e.zero_()
+    grad_w22, grad_b22, grad_w32, grad_b32 = grads_spatial
+
+    grad_w: Tensor | None = None
+    grad_b: Tensor | None = None
+    if any(need_entry):
+        grad_x, grad_w, grad_b = _pointwise_backward(entry, x, torch.cat((w1, w21, w31)), need_entry, into=grad_x)
+    grad_w1, grad_w21, grad_w31 = grad_w.split(reductions) if grad_w is not None else (None,) * 3
+    grad_b1, grad_b21, grad_b31 = grad_b.split(reductions) if grad_b is not None else (None,) * 3
     grads = [
         grad_x, grad_w1, grad_b1, grad_w21, grad_b21, grad_w22, grad_b22,
         grad_w31, grad_b31, grad_w32, grad_b32, grad_w42, grad_b42,

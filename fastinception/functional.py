@@ -52,7 +52,10 @@ def inception(x: Tensor, params: Sequence[Tensor], *, backend: str = "auto", out
         y = ops.empty_output(x, params)
         aten.forward(x, params, y)
         return y
-    y, *_ = torch.ops.fastinception.inception_forward(x, *params, path.name, needs_grad)
+    if path.name == "aten":
+        y, *_ = torch.ops.fastinception.aten_forward(x, *params)
+    else:
+        y, *_ = torch.ops.fastinception.triton_forward(x, *params, needs_grad)
     return cast(Tensor, y)
 
 

@@ -1,13 +1,14 @@
-"""Register the block as operators, one for each direction: ``torch.ops.fastinception.inception_*``.
+"""Register the block as operators, for each backend one in each direction: ``torch.ops.fastinception.*``.
 
-``inception_forward`` allocates and returns, ``inception_out`` writes into the caller's output and has no gradient.
-Whatever the backend, the backward is ``inception_backward``, whose own derivative is computed from plain operators.
+``aten_forward`` and ``triton_forward`` allocate and return the output, and behind it what ``aten_backward`` and
+``triton_backward`` need; ``inception_out`` writes into the caller's output and has no gradient. The backward's own
+derivative is computed from plain operators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -56,29 +57,25 @@ def empty_output(x: Tensor, params: Sequence[Tensor]) -> Tensor:
     return _dense(x, output_shape(x, params), memory_format(x))
 
 
-def _empty_outputs(x: Tensor, params: Sequence[Tensor], backend: str, save: bool) -> tuple[Tensor, ...]:
-    """Allocate out, r2, r3, mask, pooled and indices: what ``inception_forward`` returns, real or fake.
+def _empty_aten_outputs(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Allocate what ``aten_forward`` returns, see :func:`aten.forward_saving`."""
+    n, channels, height, width = x.shape
+    widths = (params[2].shape[0], params[6].shape[0], *_widths(params), channels)
+    saved = [_dense(x, (n, c, height, width), torch.channels_last) for c in widths]
+    return empty_output(x, params), *saved, torch.empty_like(saved[-1], dtype=torch.int64)
+
+
+def _empty_triton_outputs(x: Tensor, params: Sequence[Tensor], save: bool) -> tuple[Tensor, ...]:
+    """Allocate out, r2, r3 and mask: what ``triton_forward`` returns.
 
     The mask says where the output's ReLU passes a gradient, apart from the output, which its owner may change in
-    place. From Triton it is bits ``[N*H*W, bytes]``, set where it passes. From ATen it is a copy of the output: to
-    pick gradients by a bool mask takes a CPU several times as long. ATen also keeps the max pool and its indices.
-    What is not kept is empty: from Triton the pool, without ``save`` all three.
+    place: bits ``[N*H*W, bytes]``, set where it passes; empty without ``save``.
     """
     n, _, height, width = x.shape
-    out = empty_output(x, params)
     r2 = _dense(x, (n, params[2].shape[0], height, width), torch.channels_last)
     r3 = _dense(x, (n, params[6].shape[0], height, width), torch.channels_last)
-    mask = torch.empty((0,), dtype=torch.uint8, device=x.device)
-    pooled = torch.empty((0,), dtype=x.dtype, device=x.device)
-    indices = torch.empty((0,), dtype=torch.int64, device=x.device)
-    if save and backend == "aten":
-        mask = torch.empty_like(out)
-        pooled = _dense(x, x.shape, torch.channels_last)
-        indices = torch.empty_like(pooled, dtype=torch.int64)
-    elif save:
-        rows = n * height * width
-        mask = torch.empty((rows, _mask_columns(params)[-1]), dtype=torch.uint8, device=x.device)
-    return out, r2, r3, mask, pooled, indices
+    shape = (n * height * width, _mask_columns(params)[-1]) if save else (0,)
+    return empty_output(x, params), r2, r3, torch.empty(shape, dtype=torch.uint8, device=x.device)
 
 
 def _as_kernel_operand(tensor: Tensor) -> Tensor:
@@ -110,46 +107,53 @@ def _launch(x: Tensor, params: Sequence[Tensor], out: Tensor, r2: Tensor, r3: Te
 
 
 torch.library.define(
-    "fastinception::inception_forward",
-    f"(Tensor x, {_PARAMS}, str backend, bool save) -> "
-    "(Tensor out, Tensor r2, Tensor r3, Tensor mask, Tensor pooled, Tensor indices)",
+    "fastinception::aten_forward",
+    f"(Tensor x, {_PARAMS}) -> (Tensor out, Tensor r2, Tensor r3, "
+    "Tensor p1, Tensor p2, Tensor p3, Tensor p4, Tensor pooled, Tensor indices)",
+    tags=_TAGS,
+)
+torch.library.define(
+    "fastinception::triton_forward",
+    f"(Tensor x, {_PARAMS}, bool save) -> (Tensor out, Tensor r2, Tensor r3, Tensor mask)",
     tags=_TAGS,
 )
 
 
-@torch.library.impl("fastinception::inception_forward", "default")
-def _inception_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *params, backend, save = args
-    if backend == "triton":
-        out, r2, r3, mask, pooled, indices = _empty_outputs(x, params, backend, save)
-        _launch(x, params, out, r2, r3, mask if save else None)
-        return out, r2, r3, mask, pooled, indices
+@torch.library.impl("fastinception::aten_forward", "default")
+def _aten_forward(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
     out = empty_output(x, params)
-    pool = aten.max_pool_with_indices(x) if save else (None, None)
-    r2, r3 = aten.forward(x, params, out, pool[0])
-    return _as_promised((out, r2, r3, out.clone() if save else None, *pool), _empty_outputs(x, params, backend, save))
+    return out, *map(_as_promised, aten.forward_saving(x, params, out))
 
 
-def _as_promised(results: Sequence[Tensor | None], promised: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return ``results`` with the strides of ``promised``, the fake's, and memory of its own for each.
+@torch.library.impl("fastinception::triton_forward", "default")
+def _triton_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *params, save = args
+    out, r2, r3, mask = _empty_triton_outputs(x, params, save)
+    _launch(x, params, out, r2, r3, mask if save else None)
+    return out, r2, r3, mask
 
-    They differ where a size of 1 leaves channels_last open, and where a gradient is a slice of a merged one.
+
+def _as_promised(result: Tensor, format: torch.memory_format = torch.channels_last) -> Tensor:
+    """Return ``result`` with the strides of a new tensor in ``format``, as the fake has them, and memory of its own.
+
+    It lacks them where a size of 1 leaves channels_last open, and where a gradient is a slice of a merged one.
     """
-    kept = []
-    for result, empty in zip(results, promised, strict=True):
-        if result is None:
-            kept.append(empty)
-        elif result.stride() == empty.stride() and result.untyped_storage().nbytes() == empty.nbytes:
-            kept.append(result)
+    strides: tuple[int, ...] = (1,)
+    if result.dim() == 4:
+        _, channels, height, width = result.shape
+        if format is torch.channels_last:
+            strides = (height * width * channels, 1, width * channels, channels)
         else:
-            kept.append(empty.copy_(result))
-    return tuple(kept)
+            strides = (channels * height * width, height * width, width, 1)
+    if result.stride() == strides and result.untyped_storage().nbytes() == result.nbytes:
+        return result
+    return _dense(result, result.shape, format).copy_(result)
 
 
-@torch.library.register_fake("fastinception::inception_forward")
-def _inception_forward_fake(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *params, backend, save = args
-    return _empty_outputs(x, params, backend, save)
+torch.library.register_fake("fastinception::aten_forward", lambda x, *params: _empty_aten_outputs(x, params))
+torch.library.register_fake(
+    "fastinception::triton_forward", lambda x, *args: _empty_triton_outputs(x, args[:12], args[12])
+)
 
 
 torch.library.define(
@@ -164,7 +168,7 @@ def _inception_out(x: Tensor, *args: Any) -> None:
     if backend == "aten":
         aten.forward(x, params, out)
     else:
-        _, r2, r3, *_ = _empty_outputs(x, params, backend, save=False)
+        _, r2, r3, _ = _empty_triton_outputs(x, params, save=False)
         _launch(x, params, out, r2, r3, None)
 
 
@@ -188,58 +192,68 @@ def _inception_out_fake(x: Tensor, *args: Any) -> None:
     return None
 
 
+_GRADIENTS = ", ".join(["Tensor"] * 13)
 torch.library.define(
-    "fastinception::inception_backward",
-    f"(Tensor grad_out, Tensor x, {_PARAMS}, Tensor r2, Tensor r3, Tensor mask, "
-    f"Tensor pooled, Tensor indices, bool[] needs) -> "
-    f"({', '.join(['Tensor'] * 13)})",
+    "fastinception::aten_backward",
+    f"(Tensor grad_out, Tensor x, {_PARAMS}, Tensor r2, Tensor r3, Tensor p1, Tensor p2, Tensor p3, Tensor p4, "
+    f"Tensor pooled, Tensor indices, bool[] needs) -> ({_GRADIENTS})",
+    tags=_TAGS,
+)
+torch.library.define(
+    "fastinception::triton_backward",
+    f"(Tensor grad_out, Tensor x, {_PARAMS}, Tensor r2, Tensor r3, Tensor mask, bool[] needs) -> ({_GRADIENTS})",
     tags=_TAGS,
 )
 
 
-def _empty_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+def _gradient_format(t: Tensor) -> torch.memory_format:
+    return memory_format(t) if t.dim() == 4 else torch.contiguous_format
+
+
+def _empty_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """Allocate each gradient in its input's memory format; what is not needed is an empty tensor."""
-    return [
-        _dense(t, t.shape, memory_format(t) if t.dim() == 4 else torch.contiguous_format)
-        if need
-        else torch.empty((0,), dtype=t.dtype, device=t.device)
+    return tuple(
+        _dense(t, t.shape if need else (0,), _gradient_format(t) if need else torch.contiguous_format)
         for t, need in zip(inputs, needs, strict=True)
-    ]
+    )
 
 
-@torch.library.impl("fastinception::inception_backward", "default")
-def _inception_backward(grad_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *params, r2, r3, mask, pooled, indices, needs = args
-    grads_out = _block_gradients(grad_out, mask, params)
-    grads = aten.backward(grads_out, x, params, r2, r3, pooled, indices, needs)
-    return _as_promised(grads, _empty_gradients((x, *params), needs))
+def _all_gradients(grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(
+        _dense(t, (0,), torch.contiguous_format) if grad is None else _as_promised(grad, _gradient_format(t))
+        for grad, t in zip(grads, inputs, strict=True)
+    )
 
 
-def _block_gradients(grad_out: Tensor, mask: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    """Split ``grad_out`` into its branches, ``[N, c, H, W]`` in channels_last, zero where ReLU blocks.
+@torch.library.impl("fastinception::aten_backward", "default")
+def _aten_backward(grad_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *params, r2, r3, p1, p2, p3, p4, pooled, indices, needs = args
+    branches = (p1, p2, p3, p4)
+    grads_out = grad_out.split(_widths(params), dim=1)
 
-    A choice, never a product: an infinite gradient times a zero mask would be NaN.
-    """
-    widths = _widths(params)
-    grads = grad_out.split(widths, dim=1)
-    if mask.dtype is grad_out.dtype:
-        outs = mask.split(widths, dim=1)
-        blocked = [torch.ops.aten.threshold_backward(grad, out, 0) for grad, out in zip(grads, outs, strict=True)]
-    else:
-        n, _, height, width = grad_out.shape
-        columns = _mask_columns(params)
-        bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
-        blocked = []
-        for i, (grad, c) in enumerate(zip(grads, widths, strict=True)):
-            passed = (mask[:, columns[i] : columns[i + 1], None] >> bits) & 1  # [N*H*W, bytes, 8]
-            passed = passed.flatten(1)[:, :c].reshape(n, height, width, c).permute(0, 3, 1, 2)
-            blocked.append(torch.where(passed != 0, grad, 0))
-    return [grad.contiguous(memory_format=torch.channels_last) for grad in blocked]
+    def gradient(i: int, out: Tensor) -> Tensor:
+        return cast(Tensor, torch.ops.aten.threshold_backward.grad_input(grads_out[i], branches[i], 0, grad_input=out))
+
+    grads = aten.backward(gradient, x, params, r2, r3, (pooled, indices), needs)
+    return _all_gradients(grads, (x, *params))
 
 
-@torch.library.register_fake("fastinception::inception_backward")
-def _inception_backward_fake(grad_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(_empty_gradients((x, *args[:12]), args[-1]))
+@torch.library.impl("fastinception::triton_backward", "default")
+def _triton_backward(grad_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *params, r2, r3, mask, needs = args
+    n, _, height, width = x.shape
+    widths, columns = _widths(params), _mask_columns(params)
+    grads_out = grad_out.split(widths, dim=1)
+    bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
+
+    def gradient(i: int, out: Tensor) -> Tensor:
+        passed = (mask[:, columns[i] : columns[i + 1], None] >> bits) & 1  # [N*H*W, bytes, 8]
+        passed = passed.flatten(1)[:, : widths[i]].reshape(n, height, width, widths[i]).permute(0, 3, 1, 2)
+        # A choice, never a product: an infinite gradient times a zero mask would be NaN.
+        return out.copy_(torch.where(passed != 0, grads_out[i], 0))
+
+    grads = aten.backward(gradient, x, params, r2, r3, None, needs)
+    return _all_gradients(grads, (x, *params))
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -249,15 +263,20 @@ def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*inputs[:13], *saved)
 
 
-def _differentiate_forward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 15
-    needs = list(ctx.needs_input_grad[:13])
-    if forward_ad._current_level >= 0:  # a tangent of grad_out passes through plain operators only
-        grads = _compose_backward(grad_out, ctx.saved_tensors[:13], needs)
-    else:
-        grads = torch.ops.fastinception.inception_backward(grad_out, *ctx.saved_tensors, needs)
-    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None)
+def _differentiate_forward(backward: Any, extra: int) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Return the derivative of a forward operator that takes ``extra`` arguments after x and the params."""
+
+    def differentiate(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * (13 + extra)
+        needs = list(ctx.needs_input_grad[:13])
+        if forward_ad._current_level >= 0:  # a tangent of grad_out passes through plain operators only
+            grads = _compose_backward(grad_out, ctx.saved_tensors[:13], needs)
+        else:
+            grads = backward(grad_out, *ctx.saved_tensors, needs)
+        return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * extra)
+
+    return differentiate
 
 
 def _compose_backward(grad_out: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -270,11 +289,6 @@ def _compose_backward(grad_out: Tensor, inputs: Sequence[Tensor], needs: Sequenc
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
         found = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=create_graph))
     return [next(found) if need else None for need in needs]
-
-
-torch.library.register_autograd(
-    "fastinception::inception_forward", _differentiate_forward, setup_context=_setup_forward
-)
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -296,12 +310,21 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
             create_graph=create_graph,
             allow_unused=True,
         )
-    results: list[Tensor | None] = [None] * 20
+    results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     for i, grad in zip(wanted, second, strict=True):
         results[i] = grad
     return tuple(results)
 
 
-torch.library.register_autograd(
-    "fastinception::inception_backward", _differentiate_backward, setup_context=_setup_backward
-)
+for _backend, _extra in (("aten", 0), ("triton", 1)):
+    _backward = getattr(torch.ops.fastinception, f"{_backend}_backward")
+    torch.library.register_autograd(
+        f"fastinception::{_backend}_forward", _differentiate_forward(_backward, _extra), setup_context=_setup_forward
+    )
+    torch.library.register_autograd(
+        f"fastinception::{_backend}_backward", _differentiate_backward, setup_context=_setup_backward
+    )
+    torch.library.register_fake(
+        f"fastinception::{_backend}_backward",
+        lambda grad_out, x, *args: _empty_gradients((x, *args[:12]), args[-1]),
+    )

@@ -77,7 +77,7 @@ def launches(
     try:
         for name, module in modules.items():
             setattr(module, name, recorders[name])
-        out, r2, r3, mask, *_ = ops._empty_outputs(x, params, "triton", save)
+        out, r2, r3, mask = ops._empty_triton_outputs(x, params, save)
         ops._launch(x, params, out, r2, r3, mask if save else None)
     finally:
         for name, module in modules.items():

@@ -459,10 +459,9 @@ def test_each_program_computes_one_tile(monkeypatch):
     assert written == {program: [True, True] for program in range(3 * (2 + 2 + 1))}
     written.clear()
     Entry(normal(3, 15, 9, 11), (70, 50, 20, 65))
-    # Six GEMM tiles, and two pool tiles of 64 rows and two of columns for each row tile.
-    assert sorted(written) == list(range(3 * (2 + 2 * 2)))
-    idle = [program for program, stores in written.items() if not any(stores)]
-    assert len(idle) <= 2, "only the last row tile's second half of the pooled branch lies past the end"
+    # For each row tile two GEMM tiles, each storing to four places, and two column tiles of the pooled branch.
+    assert sorted(written) == list(range(3 * (2 + 2)))
+    assert all(any(stores) for stores in written.values())
 
 
 @needs_interpreter
@@ -538,7 +537,7 @@ def test_addresses_beyond_two_to_the_31_elements(monkeypatch, level):
         monkeypatch.setattr(entry_module, "_entry_kernel", Once(entry_module._entry_kernel))
         weight = small.view(c, c, 1, 1)
         # The last program is a tile of the pooled branch; the GEMM's last tile comes before the pool tiles.
-        for behind in (0, 2):
+        for behind in (0, 1):
             programs[:] = [behind] if behind else []
             entry(x, (weight,), (bias,), weight, bias, out, c, (), None, 0)
     else:
@@ -567,7 +566,7 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if not self.paused:
             self.names.append(str(func.name()))
-        if func is not torch.ops.fastinception.inception_forward.default:
+        if func is not torch.ops.fastinception.triton_forward.default:
             return func(*args, **(kwargs or {}))
         with self:
             return func.redispatch(torch._C.DispatchKeySet(self.key), *args)
@@ -599,7 +598,7 @@ def test_two_launches_and_no_other_work(monkeypatch, grad, weight_format):
     views = {"aten::slice.Tensor", "aten::detach", "aten::alias", "aten::view", "aten::split_with_sizes"}
     allocations = {"aten::empty.memory_format"}
     compute = [name for name in operators.names if name not in views | allocations]
-    assert compute == ["fastinception::inception_forward"]
+    assert compute == ["fastinception::triton_forward"]
     assert sum(name in allocations for name in operators.names) <= 7
 
 
@@ -626,7 +625,7 @@ def test_bad_tiles_are_refused(change, message):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
 def test_tiles_of_one_launch_fit_together(dtype):
     for columns in (1, 15, 16, 17, 100, 1024):
-        gemm, pool, spatial_ = (f(columns, dtype) for f in (configs.gemm, configs.pool, configs.spatial))
+        gemm, pool, spatial_ = configs.gemm(columns, dtype), configs.pool(dtype), configs.spatial(columns, dtype)
         assert gemm.block_m % pool.block_m == 0
         assert gemm.block_k % pool.block_k == 0
         # The launch has one of each for all its convolutions.

@@ -26,8 +26,9 @@ BACKENDS = ("aten", TRITON)
 FORMATS = (torch.channels_last, torch.contiguous_format)
 WIDTHS = (5, 3, (4, 6), (2, 3), 2)
 NAMES = ("x", *(f"{conv}.{kind}" for conv in ops._NAMES for kind in ("weight", "bias")))
-forward_op = torch.ops.fastinception.inception_forward
-backward_op = torch.ops.fastinception.inception_backward
+FORWARD = {backend: getattr(torch.ops.fastinception, f"{backend}_forward") for backend in ("aten", "triton")}
+BACKWARD = {backend: getattr(torch.ops.fastinception, f"{backend}_backward") for backend in ("aten", "triton")}
+SAVE = {"aten": (), "triton": (True,)}  # the argument that tells Triton's forward to keep what the backward needs
 
 pytestmark = [
     pytest.mark.skipif(
@@ -104,14 +105,15 @@ def assert_same(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None], 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("format", "grad", "save"), [
-    (torch.channels_last, True, True),
-    (torch.contiguous_format, True, True),
-    (torch.channels_last, False, False),
-    (torch.contiguous_format, False, True),
-])  # fmt: skip
-def test_opcheck_forward(backend, format, grad, save):
-    torch.library.opcheck(forward_op, (*block(format=format, grad=grad), backend, save))
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_opcheck_forward(backend, format, grad):
+    torch.library.opcheck(FORWARD[backend], (*block(format=format, grad=grad), *SAVE[backend]))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot run here")
+def test_opcheck_forward_that_saves_nothing():
+    torch.library.opcheck(FORWARD["triton"], (*block(grad=False), False))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -120,8 +122,8 @@ def test_opcheck_forward(backend, format, grad, save):
 def test_opcheck_backward(backend, format, needs):
     # Without requires_grad: torch 2.11's own _convolution_double_backward cannot trace symbolic shapes.
     tensors = block(format=format, grad=False)
-    y, *saved = forward_op(*tensors, backend, True)
-    torch.library.opcheck(backward_op, (randn_like(y), *tensors, *saved, needs))
+    y, *saved = FORWARD[backend](*tensors, *SAVE[backend])
+    torch.library.opcheck(BACKWARD[backend], (randn_like(y), *tensors, *saved, needs))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -187,14 +189,14 @@ def awkward() -> Iterator[object]:
 def test_strides_are_the_fakes_and_values_are_right(backend, kwargs, change):
     tensors = block(**kwargs, grad=False)
     change(tensors)
-    real = forward_op(*tensors, backend, True)
+    real = FORWARD[backend](*tensors, *SAVE[backend])
     y, *saved = real
     grad_out = randn_like(y)
-    real_grads = backward_op(grad_out, *tensors, *saved, [True] * 13)
+    real_grads = BACKWARD[backend](grad_out, *tensors, *saved, [True] * 13)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in (*tensors, grad_out)]
-        fake = forward_op(*fakes[:13], backend, True)
-        fake_grads = backward_op(fakes[13], *fakes[:13], *fake[1:], [True] * 13)
+        fake = FORWARD[backend](*fakes[:13], *SAVE[backend])
+        fake_grads = BACKWARD[backend](fakes[13], *fakes[:13], *fake[1:], [True] * 13)
     for a, b in zip((*real, *real_grads), (*fake, *fake_grads), strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
     assert_same([y], [plain(*tensors)])

@@ -145,6 +145,21 @@ def test_googlenet_is_the_textbooks(block, tmp_path):
         assert torch.equal(again(x), expected)
 
 
+@pytest.mark.parametrize("block", [Inception, FastInception])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_googlenet_gives_the_textbooks_gradients(block, format):
+    """With ties behind every ReLU and NaN-free: where ReLU and max pool change places, no gradient may."""
+    torch.manual_seed(0)
+    textbook = random_biases_(textbook_googlenet(in_channels=3, num_classes=7)).double()
+    ours = GoogLeNet(block, in_channels=3, num_classes=7).double().to(memory_format=format)
+    ours.load_state_dict(textbook.state_dict())
+    x = torch.randn(2, 3, 48, 40, dtype=torch.float64).contiguous(memory_format=format)
+    for net in (ours, textbook):
+        nn.functional.cross_entropy(net(x), torch.tensor([3, 5])).backward()
+    for (name, a), b in zip(ours.named_parameters(), textbook.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9 * float(b.grad.abs().max()), msg=name)
+
+
 def test_googlenet_defaults():
     with torch.device("meta"):
         net, textbook = GoogLeNet(), textbook_googlenet()
