@@ -24,7 +24,10 @@ try:
     from rich.console import Console
     from torch import Tensor, nn
 
+    from bench import engines, memory
     from bench.agreement import Disagreement, Errors, check, check_weights, errors, truth
+    from bench.engines import Engine
+    from bench.floor import Convolutions
     from bench.harness import (
         DTYPES,
         Batch,
@@ -36,31 +39,36 @@ try:
         synchronize,
     )
     from bench.record import conditions, write_json
-    from bench.report import BASE, Display, Row, cross_precision, plot, with_ratios
-    from fastinception import FastInception
+    from bench.report import BASE, FLOOR, Display, Row, cross_precision, plot, with_ratios
     from fastinception.googlenet import GoogLeNet, xavier_uniform_
-    from fastinception.reference import Inception
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing}: install what the benchmarks need with pip install -e '.[bench]'")
 
-BLOCKS: dict[str, Callable[..., nn.Module]] = {"plain": Inception, "FastInception": FastInception}
+BLOCKS: Mapping[str, Callable[..., nn.Module]] = memory.BLOCKS
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the network. Variants of one name compete for one row, and the fastest is the row."""
+    """One way to run the network. Variants of one name compete for one row, and the fastest is the row.
+
+    ``engine`` names another inference engine; the variant named FLOOR is the network's convolutions alone.
+    """
 
     name: str
     block: str
     layout: str = "channels_last"
     compile_options: Mapping[str, Any] | None = None
     cuda_graph: bool = False
+    engine: str = ""
     detail: str = ""
 
     @property
     def label(self) -> str:
         """Name the variant among its rivals, too."""
         return f"{self.name} ({self.detail})" if self.detail else self.name
+
+
+Timed = Runner | Engine | Convolutions
 
 
 class Weights(NamedTuple):
@@ -86,7 +94,7 @@ SCHEDULES = {
 }
 
 
-def variants(mode: str, device: torch.device, compiles: bool, quick: bool) -> list[Variant]:
+def variants(mode: str, dtype: str, device: torch.device, compiles: bool, quick: bool) -> list[Variant]:
     """List what is measured; the first is the plain module that errors and ratios refer to."""
     cuda = device.type == "cuda"
     chosen = [
@@ -103,12 +111,17 @@ def variants(mode: str, device: torch.device, compiles: bool, quick: bool) -> li
                 Variant("plain compiled", "plain", compile_options={"options": {remedy: True}}, detail=remedy)
             )
         chosen.append(Variant("FastInception compiled", "FastInception", compile_options={}))
+        if mode == "inference" and not cuda and not quick:  # weights become constants, in oneDNN's own layout
+            freezing = {"options": {"freezing": True}}
+            chosen += [Variant(f"{b} compiled, frozen", b, compile_options=freezing) for b in BLOCKS]
         tunings = ("reduce-overhead",) if quick else ("reduce-overhead", "max-autotune")
         for tuning in tunings if cuda else ():
             chosen += [Variant(f"{b} {tuning}", b, compile_options={"mode": tuning}) for b in BLOCKS]
     if cuda:
         chosen += [Variant(f"{b} CUDA graph", b, cuda_graph=True) for b in BLOCKS]
-    return chosen
+    elif mode == "inference" and not quick:
+        chosen += [Variant(name, "plain", layout="NCHW", engine=name) for name in engines.available(dtype)]
+    return [*chosen, Variant(FLOOR, "plain")]
 
 
 class Comparison:
@@ -137,15 +150,16 @@ class Comparison:
             Disagreement: a variant computes something else, or training left NaN or infinity.
         """
         title = f"{mode}, {dtype}"
-        chosen = variants(mode, self.args.device, self.compiles, self.args.quick)
+        chosen = variants(mode, dtype, self.args.device, self.compiles, self.args.quick)
         runners = self._prepare(title, chosen, mode, dtype)
+        measured = self._memory(runners, dtype) if mode == "training" and not self.args.quick else {}
         self.display.stage(f"{title}: warm up", 0, None)
         sync = partial(synchronize, self.args.device)
         for samples, rounds in interleave(runners, sync, **SCHEDULES[mode, self.args.quick]._asdict()):
             done = min(map(len, samples.values()))
             self.display.stage(f"{title}: rounds", done, rounds)
             if done:
-                rows = self._rows(samples, chosen, mode, dtype)
+                rows = self._rows(samples, chosen, measured, mode, dtype)
                 self.display.rows(title, rows, final=done == rounds)
         for label, runner in runners.items():
             if not all(bool(torch.isfinite(p).all()) for p in runner.net.parameters()):
@@ -157,34 +171,61 @@ class Comparison:
         torch.compiler.reset()
         return rows
 
-    def _prepare(self, title: str, chosen: list[Variant], mode: str, dtype: str) -> dict[str, Runner]:
-        runners: dict[str, Runner] = {}
+    def _runner(self, variant: Variant, net: nn.Module, mode: str, dtype: str) -> Runner | Engine:
+        images, labels = self.batch.images, self.batch.labels
+        if variant.engine:
+            return Engine(variant.engine, net, images, dtype=dtype)
+        return Runner(
+            net,
+            images,
+            labels,
+            mode=mode,
+            dtype=dtype,
+            layout=variant.layout,
+            compile_options=variant.compile_options,
+            cuda_graph=variant.cuda_graph,
+        )
+
+    def _prepare(self, title: str, chosen: list[Variant], mode: str, dtype: str) -> dict[str, Timed]:
+        runners: dict[str, Timed] = {}
         plain: Errors | None = None
         for done, variant in enumerate(chosen):
             self.display.stage(f"{title}: compile and check {variant.label}", done, len(chosen))
             net = GoogLeNet(block=BLOCKS[variant.block])
+            if variant.name == FLOOR:
+                runners[variant.label] = Convolutions(net, self.batch.images, mode=mode, dtype=dtype)
+                continue
             net.load_state_dict(self.weights.check)
-            runner = Runner(
-                net,
-                self.batch.images,
-                self.batch.labels,
-                mode=mode,
-                dtype=dtype,
-                layout=variant.layout,
-                compile_options=variant.compile_options,
-                cuda_graph=variant.cuda_graph,
-            )
+            runner = self._runner(variant, net, mode, dtype)
             found = errors(runner, self.truths[mode])
             plain = plain or found
             self.display.say(check(f"{title}, {variant.label}", found, plain))
-            net.load_state_dict(self.weights.timing)
+            net.load_state_dict(self.weights.timing)  # engines and frozen graphs keep those of the check
             runners[variant.label] = runner
         return runners
+
+    def _memory(self, runners: Mapping[str, Timed], dtype: str) -> dict[str, dict[str, int]]:
+        """Return saved and peak bytes of training variants, by label: on a CPU of the eager ones in channels_last."""
+        if self.args.device.type == "cuda":
+            return {label: memory.measure(r) for label, r in runners.items() if isinstance(r, Runner) and not r.graph}
+        size, side = len(self.batch.labels), self.batch.images.shape[-1]
+        found = {}
+        for block, label in (("plain", "plain eager channels_last"), ("FastInception", "FastInception eager")):
+            self.display.stage(f"training, {dtype}: memory of {label}", 0, None)
+            found[label] = memory.in_fresh_process(block, size, side, dtype)
+        return found
 
     def _rate(self, samples: list[float]) -> tuple[float, list[float]]:
         return rate(samples, len(self.batch.labels))
 
-    def _rows(self, samples: dict[str, list[float]], chosen: list[Variant], mode: str, dtype: str) -> list[Row]:
+    def _rows(
+        self,
+        samples: dict[str, list[float]],
+        chosen: list[Variant],
+        measured: dict[str, dict[str, int]],
+        mode: str,
+        dtype: str,
+    ) -> list[Row]:
         best: dict[str, Row] = {}
         for variant in chosen:
             speed, spread = self._rate(samples[variant.label])
@@ -198,7 +239,7 @@ class Comparison:
                 "compiled": variant.compile_options is not None,
                 "examples_per_second": speed,
                 "spread": spread,
-            }
+            } | measured.get(variant.label, {})
         return with_ratios(list(best.values()))
 
 

@@ -1,0 +1,55 @@
+"""The least that a design with the library's convolutions can take: those convolutions and nothing else."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.harness import DTYPES
+
+
+class Convolutions:
+    """Repeat a network's own convolution calls, in channels_last: forward, and in training both gradients.
+
+    Everything else of a pass or a step is left out: activations, pools, copies, casts, bias gradients, the optimizer.
+    The data gradient of the first convolution is left out as well, as autograd does.
+
+    Args:
+        net: the network whose convolutions are listed, in the order of one forward pass.
+        images: fp32 ``[N, C, H, W]`` on the device to measure.
+        mode: ``"inference"`` or ``"training"``.
+        dtype: a key of ``DTYPES``.
+    """
+
+    def __init__(self, net: nn.Module, images: Tensor, *, mode: str, dtype: str) -> None:
+        self.net, self.training = net.to(images.device), mode == "training"
+        self.calls: list[tuple[nn.Conv2d, Tensor, Tensor, Tensor, Tensor]] = []
+
+        def prepare(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(DTYPES[dtype]).contiguous(memory_format=torch.channels_last)
+
+        def record(conv: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            assert isinstance(conv, nn.Conv2d)
+            assert conv.bias is not None
+            bias = conv.bias.detach().to(DTYPES[dtype])
+            # A ReLU behind a convolution blocks about half of the gradient; its values change no time.
+            self.calls.append((conv, prepare(inputs[0]), prepare(conv.weight), bias, prepare(torch.randn_like(output))))
+
+        handles = [m.register_forward_hook(record) for m in net.modules() if isinstance(m, nn.Conv2d)]
+        with torch.no_grad():
+            self.net(images)
+        for handle in handles:
+            handle.remove()
+
+    def __call__(self) -> None:
+        """Do the work of one timed call."""
+        with torch.inference_mode():
+            for conv, x, weight, bias, _ in self.calls:
+                F.conv2d(x, weight, bias, conv.stride, conv.padding)
+            if not self.training:
+                return
+            for i, (conv, x, weight, _, grad) in reversed(list(enumerate(self.calls))):
+                torch.ops.aten.convolution_backward(
+                    grad, x, weight, None, conv.stride, conv.padding, [1, 1], False, [0, 0], 1, [i > 0, True, False]
+                )

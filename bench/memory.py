@@ -1,0 +1,100 @@
+"""Measure what one training step keeps and how much memory it needs at most: what compare.py shows beside the speed.
+
+python bench/memory.py '{"block": "plain", ...}' is the fresh process in which compare.py measures a CPU step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from bench.harness import Runner
+from fastinception import FastInception, GoogLeNet, Inception
+
+BLOCKS = {"plain": Inception, "FastInception": FastInception}
+
+
+@contextlib.contextmanager
+def saved_bytes(net: torch.nn.Module) -> Iterator[dict[int, int]]:
+    """Collect what autograd saves inside the context: bytes of each storage by its address, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    found: dict[int, int] = {}
+    kept = []  # so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+            kept.append(storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+
+
+def measure(runner: Runner) -> dict[str, int]:
+    """Return ``saved_bytes``, what autograd keeps of one forward pass, and ``peak_bytes``, the most that a step needs.
+
+    The peak is the device's own counter on a GPU. On a CPU it is the process's resident memory, PyTorch's own
+    included, so it says something about a step only in a process that ran nothing else.
+    """
+    device = runner.images.device
+    runner()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    runner()
+    peak = _peak(device)
+    with saved_bytes(runner.net) as found:
+        runner.evaluate()
+    return {"saved_bytes": sum(found.values()), "peak_bytes": peak}
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    with contextlib.suppress(OSError):  # Linux; its ru_maxrss starts at the parent's, whatever the child needs
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def in_fresh_process(block: str, batch_size: int, image_size: int, dtype: str) -> dict[str, int]:
+    """Measure an eager channels_last training step on the CPU, in a process that does nothing else.
+
+    Raises:
+        subprocess.CalledProcessError: the process failed; its stderr is in the error.
+    """
+    spec = {"block": block, "batch_size": batch_size, "image_size": image_size, "dtype": dtype}
+    command = [sys.executable, __file__, json.dumps(spec | {"threads": torch.get_num_threads()})]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": ""})
+    result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main(spec: dict[str, Any]) -> None:
+    """Print what ``in_fresh_process`` returns."""
+    torch.set_num_threads(spec["threads"])
+    size, side = spec["batch_size"], spec["image_size"]
+    torch.manual_seed(0)
+    net = GoogLeNet(block=BLOCKS[spec["block"]])
+    runner = Runner(
+        net, torch.rand(size, 1, side, side), torch.zeros(size).long(), mode="training", dtype=spec["dtype"]
+    )
+    print(json.dumps(measure(runner)))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
