@@ -10,8 +10,11 @@ from fastinception.backends import Path
 from fastinception.functional import check_images, copy_into, inception, prepare
 from fastinception.reference import Inception
 
-# What each child computes, if nobody edited it: kernel size and padding.
-_CONVS = {"p1_1": (1, 0), "p2_1": (1, 0), "p2_2": (3, 1), "p3_1": (1, 0), "p3_2": (5, 2), "p4_2": (1, 0)}
+# What each child computes, if nobody edited it: kernel size, padding, stride, dilation, groups, padding mode.
+_CONVS = {
+    name: ((size, size), (size // 2, size // 2), (1, 1), (1, 1), 1, "zeros")
+    for name, size in {"p1_1": 1, "p2_1": 1, "p2_2": 3, "p3_1": 1, "p3_2": 5, "p4_2": 1}.items()
+}
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
@@ -125,7 +128,16 @@ def explain(module: FastInception, x: Tensor) -> Path:
 
 
 def _params(block: Inception) -> list[Tensor]:
-    return [tensor for name in _CONVS for tensor in (getattr(block, name).weight, getattr(block, name).bias)]
+    params: list[Tensor] = []
+    for name in _CONVS:
+        conv = block._modules[name]
+        assert conv is not None
+        own = conv._parameters  # a look-up in this dict takes a tenth of nn.Module's for an attribute
+        if "weight" in own and "bias" in own:
+            params += own["weight"], own["bias"]
+        else:  # a replica of nn.DataParallel has plain attributes
+            params += conv.weight, conv.bias
+    return params
 
 
 def _edited(block: Inception) -> str | None:
@@ -134,20 +146,14 @@ def _edited(block: Inception) -> str | None:
         if getattr(nn_module, hooks):
             return "a global module hook is registered"
     children = block._modules
-    for name, (kernel, padding) in _CONVS.items():
+    for name, settings in _CONVS.items():
         conv = children.get(name)
         if type(conv) is not nn.Conv2d:  # a subclass, a parametrization and a wrapper all change the class
             return f"{name} is a {type(conv).__qualname__}"
-        if conv.bias is None:
+        if "bias" in conv._parameters and conv._parameters["bias"] is None:
             return f"{name} has no bias"
-        if (
-            conv.kernel_size != (kernel, kernel)
-            or conv.padding != (padding, padding)
-            or conv.stride != (1, 1)
-            or conv.dilation != (1, 1)
-            or conv.groups != 1
-            or conv.padding_mode != "zeros"
-        ):
+        own = (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups, conv.padding_mode)
+        if own != settings:
             return f"{name} was reconfigured: {_settings(conv, 'padding_mode', 'groups')}"
         if (reason := _wrapped(conv)) is not None:
             return f"{name} {reason}"
