@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -130,8 +132,7 @@ def explain(module: FastInception, x: Tensor) -> Path:
 def _params(block: Inception) -> list[Tensor]:
     params: list[Tensor] = []
     for name in _CONVS:
-        conv = block._modules[name]
-        assert conv is not None
+        conv: Any = block._modules[name]
         own = conv._parameters  # a look-up in this dict takes a tenth of nn.Module's for an attribute
         if "weight" in own and "bias" in own:
             params += own["weight"], own["bias"]
