@@ -68,10 +68,41 @@ def _gemm_tile(
 
 
 @triton.jit
+def _maximum(a, b, ASM: tl.constexpr):
+    """``max(a, b)``, NaN if either is: by ``ASM`` on pairs of 16-bit elements, by Triton's operator where it is None.
+
+    Declared impure: the compiler moves a pure one behind the change of layout that the product needs, which then goes
+    through shared memory for each of the nine loads (sm_80, and sm_90 with narrow tiles).
+    """
+    if ASM is None:
+        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        return tl.inline_asm_elementwise(ASM, "=r,r,r", [a, b], dtype=a.dtype, is_pure=False, pack=2)
+
+
+@triton.jit
+def _pool_step(
+    acc, columns, x_ptr, w_rows, mask_n, pixel, up, down, left, right,
+    K, MASKED: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the product over ``columns`` of K to ``acc``; MASKED where some of them lie past its end."""
+    mask_k = columns < K
+    for tap in tl.static_range(9):
+        dh = up if tap // 3 == 0 else (down if tap // 3 == 2 else 0)
+        dw = left if tap % 3 == 0 else (right if tap % 3 == 2 else 0)
+        x_tap = x_ptr + (pixel + dh + dw).to(tl.int64)[:, None] * K + columns[None, :]
+        value = tl.load(x_tap, mask=mask_k[None, :], other=0.0) if MASKED else tl.load(x_tap)
+        pooled = value if tap == 0 else _maximum(pooled, value, MAX_ASM)  # noqa: F821  # set by tap 0
+    mask_w = mask_n[:, None] & mask_k[None, :] if MASKED else mask_n[:, None]
+    w = tl.load(w_rows + columns[None, :], mask=mask_w, other=0.0)
+    return tl.dot(w, tl.trans(pooled.to(w.dtype)), acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
 def _pool_tile(
     row_tile, column_tile, x_ptr, w_ptr, b_ptr, out_ptr, mask_ptr,
     M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
-    C4: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
+    C4: tl.constexpr, EVEN_K: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``relu(max_pool2d(x, 3, 1, 1) @ w.T + b)`` for one tile.
@@ -92,22 +123,19 @@ def _pool_tile(
     left = tl.where(w > 0, -1, 0)
     right = tl.where(w < W - 1, 1, 0)
 
-    # The product is transposed, [BLOCK_N, BLOCK_M]: pooled as the left operand would send each of the nine loads
-    # through shared memory on sm_90.
+    # The product is transposed, [BLOCK_N, BLOCK_M]: sm_90 takes pooled from shared memory as the right operand.
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
-    for k in tl.range(0, K, BLOCK_K, num_stages=1):  # nine loads a step: pipelined, they take 96 KB
-        columns = k + offs_k
-        mask_k = columns < K
-        for tap in tl.static_range(9):
-            dh = up if tap // 3 == 0 else (down if tap // 3 == 2 else 0)
-            dw = left if tap % 3 == 0 else (right if tap % 3 == 2 else 0)
-            x_tap = x_ptr + (pixel + dh + dw).to(tl.int64)[:, None] * K + columns[None, :]
-            value = tl.load(x_tap) if EVEN_K else tl.load(x_tap, mask=mask_k[None, :], other=0.0)
-            pooled = value if tap == 0 else tl.maximum(pooled, value, propagate_nan=tl.PropagateNan.ALL)  # noqa: F821  # set by tap 0
-        w_tile = tl.load(
-            w_ptr + offs_n[:, None] * K + columns[None, :], mask=mask_n[:, None] & mask_k[None, :], other=0.0
-        )
-        acc = tl.dot(w_tile, tl.trans(pooled.to(w_tile.dtype)), acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    w_rows = w_ptr + (offs_n * K)[:, None]
+    end = K if EVEN_K else K - BLOCK_K + 1
+    for k in tl.range(0, end, BLOCK_K, num_stages=1):  # nine loads a step: pipelined, they take 96 KB
+        acc = _pool_step(
+            acc, k + offs_k, x_ptr, w_rows, mask_n, pixel, up, down, left, right, K, False, MAX_ASM, PRECISION,
+        )  # fmt: skip
+    if not EVEN_K:  # a step of its own: nine masked loads make the loop half as long again
+        acc = _pool_step(
+            acc, K // BLOCK_K * BLOCK_K + offs_k, x_ptr, w_rows, mask_n, pixel, up, down, left, right,
+            K, True, MAX_ASM, PRECISION,
+        )  # fmt: skip
 
     y = bias_relu(tl.trans(acc), b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty)
     rows = offs_m.to(tl.int64)
@@ -123,7 +151,8 @@ def _entry_kernel(
     x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr, pool_w_ptr, pool_b_ptr, pool_out_ptr, pool_mask_ptr,
     M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
     WIDTHS: tl.constexpr, GEMM_TILES: tl.constexpr, POOL_WIDTH: tl.constexpr,
-    EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
+    EVEN_K: tl.constexpr, POOL_EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, MAX_ASM: tl.constexpr,
+    PRECISION: tl.constexpr, SAVE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     POOL_M: tl.constexpr, POOL_N: tl.constexpr, POOL_K: tl.constexpr,
 ):  # fmt: skip
@@ -148,7 +177,7 @@ def _entry_kernel(
             row_tile * (BLOCK_M // POOL_M) + pool_tile // POOL_COLUMNS, pool_tile % POOL_COLUMNS,
             x_ptr, pool_w_ptr, pool_b_ptr, pool_out_ptr, pool_mask_ptr,
             M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
-            POOL_WIDTH, EVEN_K, PRECISION, SAVE, POOL_M, POOL_N, POOL_K,
+            POOL_WIDTH, POOL_EVEN_K, MAX_ASM, PRECISION, SAVE, POOL_M, POOL_N, POOL_K,
         )  # fmt: skip
 
 
@@ -182,7 +211,7 @@ def entry(
     n, channels, height, width = x.shape
     rows = n * height * width
     widths = tuple(w.shape[0] for w in weights)
-    gemm, pool = configs.gemm(sum(widths), x.dtype), configs.pool(pool_weight.shape[0], x.dtype)
+    gemm, pool = configs.gemm(sum(widths), x.dtype), configs.pool(x.dtype)
     save = mask is not None
     aligned = channels * x.itemsize % 16 == 0 and all(w.data_ptr() % 16 == 0 for w in weights)
     mask_bytes = mask if mask is not None else out  # never written where SAVE is off
@@ -195,7 +224,8 @@ def entry(
             pool_weight, pool_bias, out[:, pool_column:], mask_bytes[:, pool_mask_column:] if save else out,
             rows, channels, height, width, *out_strides(out), mask_bytes.stride(0),
             WIDTHS=widths, GEMM_TILES=column_tiles, POOL_WIDTH=pool_weight.shape[0],
-            EVEN_K=channels % gemm.block_k == 0, ALIGNED=aligned, PRECISION=target.input_precision(x.dtype), SAVE=save,
+            EVEN_K=channels % gemm.block_k == 0, POOL_EVEN_K=channels % pool.block_k == 0, ALIGNED=aligned,
+            MAX_ASM=target.max_asm(x), PRECISION=target.input_precision(x.dtype), SAVE=save,
             BLOCK_M=gemm.block_m, BLOCK_N=gemm.block_n, BLOCK_K=gemm.block_k,
             POOL_M=pool.block_m, POOL_N=pool.block_n, POOL_K=pool.block_k,
             num_warps=gemm.num_warps, num_stages=gemm.num_stages,

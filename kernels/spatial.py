@@ -32,7 +32,7 @@ class Geometry(NamedTuple):
 @triton.jit
 def _conv_tile(
     tile, x_ptr, w_ptr, b_ptr, out_ptr, mask_ptr,
-    M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
+    K, M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
     C: tl.constexpr, O: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     PACKED_WEIGHT: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
@@ -43,6 +43,7 @@ def _conv_tile(
     The reduction runs over j = tap * C + c, taps and channels packed without gaps, so that 16 channels of a 5x5
     waste nothing. x is channels_last, therefore consecutive j are consecutive addresses within a kernel row.
     Whether a tap lies inside the image is one bit per output pixel, computed once; j past the last tap finds no bit.
+    K = KH * KW * C comes as an argument: as a constant LLVM would unroll the whole reduction where it is short.
     """
     COLUMN_TILES: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
     offs_m = (tile // COLUMN_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -66,7 +67,7 @@ def _conv_tile(
     x_rows = x_ptr + (((n.to(tl.int64) * H + h) * W + w) * C)[:, None]
     w_rows = w_ptr + offs_n[None, :] * (KH * KW * C)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
-    for k in range(0, KH * KW * C, BLOCK_K):
+    for k in range(0, K, BLOCK_K):
         j = k + offs_k
         mask_x = (inside[:, None] & (1 << tl.minimum(j // C, 31))[None, :]) != 0  # bit 31 is never set
         mask_w = mask_n[None, :] & (j < KH * KW * C)[:, None]
@@ -86,7 +87,7 @@ def _conv_tile(
 
 @triton.jit
 def _spatial_kernel(
-    x_ptrs, w_ptrs, b_ptrs, out_ptrs, mask_ptrs,
+    x_ptrs, w_ptrs, b_ptrs, out_ptrs, mask_ptrs, reductions,
     M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
     LEVEL: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +99,7 @@ def _spatial_kernel(
         if (tile >= 0) & (tile < tiles):
             _conv_tile(
                 tile, x_ptrs[i], w_ptrs[i], b_ptrs[i], out_ptrs[i], mask_ptrs[i],
-                M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
+                reductions[i], M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
                 LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], LEVEL[i][4], LEVEL[i][5], LEVEL[i][6], LEVEL[i][7],
                 LEVEL[i][9], PRECISION, SAVE, BLOCK_M, LEVEL[i][8], BLOCK_K,
             )  # fmt: skip
@@ -161,6 +162,7 @@ def spatial(convs: Sequence[Conv], out: Tensor, mask: Tensor | None) -> None:
             tuple(conv.bias for conv in convs),
             tuple(out[:, conv.column :] for conv in convs),
             tuple(mask[:, conv.mask_column :] if mask is not None else out for conv in convs),
+            tuple(conv.in_channels * conv.kernel_h * conv.kernel_w for conv in level),
             rows, height, width, out_height, out_width,
             *out_strides(out), mask.stride(0) if mask is not None else 0,
             LEVEL=tuple(tuple(geometry) for geometry in level),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -10,6 +11,7 @@ import torch
 
 # Looked up, not imported: that would cost every user half a second, and torch.compile cannot trace the look-up.
 _MISSING = None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
+MAX_ASM = {torch.bfloat16: "max.NaN.bf16x2 $0, $1, $2;", torch.float16: "max.NaN.f16x2 $0, $1, $2;"}
 
 
 def interpreted() -> bool:
@@ -43,6 +45,19 @@ def input_precision(dtype: torch.dtype) -> str:
             if switch.fp32_precision != "none":  # "none" leaves it to the next wider switch
                 return "tf32" if switch.fp32_precision == "tf32" else "ieee"
     return "ieee"
+
+
+def max_asm(x: torch.Tensor) -> str | None:
+    """Return PTX for the maximum of two pairs of x's 16-bit elements, NaN where either is, or None where there is none.
+
+    Triton's operator becomes the same instruction, but with two byte permutations for each (PTX ISA, ``max``: sm_80).
+    """
+    return MAX_ASM.get(x.dtype) if x.is_cuda and _runs_max_asm(x.device) else None
+
+
+@functools.cache
+def _runs_max_asm(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def device_of(x: torch.Tensor) -> AbstractContextManager[None]:

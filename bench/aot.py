@@ -1,0 +1,249 @@
+"""Compile the kernels for a chip without having one, as the launchers would launch them, and measure what came out.
+
+Not under ``TRITON_INTERPRET=1``: the interpreter replaces the compiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from bench import sass
+from fastinception import ops
+from fastinception.googlenet import WIDTHS, Widths
+from fastinception.kernels import entry, spatial, target
+
+
+class Chip(NamedTuple):
+    """What a program may use, and what its tensor cores do."""
+
+    shared: int  # bytes of shared memory for one program
+    fma: int | None = None  # multiply-adds in a cycle of one SM, 16-bit operands; half as many for TF32
+
+
+# Shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; gfx942's LDS. Products:
+# the datasheets' dense rates over SMs and boost clock, of A100 (312 TFLOP/s, 108, 1.41 GHz), H100 SXM (989, 132, 1.83)
+# and B200 (2250, 148, 1.85).
+CHIPS = {
+    "sm_80": Chip(163 * 1024, 1024),
+    "sm_90": Chip(227 * 1024, 2048),
+    "sm_100": Chip(227 * 1024, 4096),
+    "gfx942": Chip(64 * 1024),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "u8"}
+_DIVISIBLE = [["tt.divisibility", 16]]
+
+
+class Case(NamedTuple):
+    """What is compiled: a chip, a block of GoogLeNet, a dtype, and ``"train"`` or ``"infer"``."""
+
+    chip: str
+    block: str
+    dtype: str
+    mode: str
+
+
+class Part(NamedTuple):
+    """A kernel's product with a main loop of its own."""
+
+    name: str
+    tile: tuple[int, int, int]  # pixels, output channels, depth of one step
+    steps: int  # for one block of pixel rows: K steps x column tiles
+    pipelined: bool = True  # loads by asynchronous copies
+
+
+class _Recorder:
+    """Stand in for a JIT function and keep the arguments of its one launch."""
+
+    def __init__(self) -> None:
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> _Recorder:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+
+
+def launches(
+    chip: str, widths: Widths, dtype: torch.dtype, save: bool, batch: int = 128, size: int = 14
+) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """Return for each kernel its JIT function and the arguments with which one block's forward launches it on ``chip``.
+
+    On meta tensors, for a channels_last input and weights as the module creates them.
+    """
+    x = torch.empty((batch, widths.in_channels, size, size), dtype=dtype, device="meta")
+    x = x.contiguous(memory_format=torch.channels_last)
+    k, c1, c2, c3, c4 = widths
+    shapes = ((c1, k, 1), (c2[0], k, 1), (c2[1], c2[0], 3), (c3[0], k, 1), (c3[1], c3[0], 5), (c4, k, 1))
+    params = []
+    for out_channels, in_channels, kernel in shapes:
+        weight = torch.empty((out_channels, in_channels, kernel, kernel), dtype=dtype, device="meta")
+        bias = torch.empty((out_channels,), dtype=dtype, device="meta")
+        params += [weight.contiguous(memory_format=torch.channels_last), bias]
+    modules = {"entry": entry, "spatial": spatial}
+    functions = {name: getattr(module, f"_{name}_kernel") for name, module in modules.items()}
+    recorders = {name: _Recorder() for name in modules}
+    with contextlib.ExitStack() as patched:
+        for name, module in modules.items():
+            patched.enter_context(mock.patch.object(module, f"_{name}_kernel", recorders[name]))
+        # What the launcher would read off a device.
+        asm = target.MAX_ASM.get(dtype) if chip.startswith("sm_") else None
+        patched.enter_context(mock.patch.object(target, "max_asm", return_value=asm))
+        out, r2, r3, mask = ops._empty_triton_outputs(x, params, save)
+        ops._launch(x, params, out, r2, r3, mask if save else None)
+    return {name: (functions[name], recorders[name].args, recorders[name].kwargs) for name in modules}
+
+
+def compile_launch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], chip: str) -> CompiledKernel:
+    """Compile a launch for ``chip``, specialised on its arguments as Triton's own launcher does."""
+    options = {name: value for name, value in kwargs.items() if name not in function.arg_names}
+    values = [*args, *(kwargs[name] for name in function.arg_names[len(args) :])]
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attrs: dict[tuple[int, ...], list[list[object]]] = {}
+    signature = {}
+
+    def describe(value: Any, path: tuple[int, ...]) -> Any:
+        if path[0] >= len(args) or (isinstance(value, int) and value == 1):
+            constexprs[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(describe(item, (*path, i)) for i, item in enumerate(value))
+        # A caching allocator's blocks are aligned; what a view adds is known from its offset.
+        aligned = value.storage_offset() * value.itemsize if isinstance(value, Tensor) else value
+        if aligned % 16 == 0:
+            attrs[path] = _DIVISIBLE
+        if isinstance(value, Tensor):
+            return f"*{_NAMES[value.dtype]}"
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    for i, (name, value) in enumerate(zip(function.arg_names, values, strict=True)):
+        signature[name] = describe(value, (i,))
+    source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attrs)
+    gpu = GPUTarget("hip", chip, 64) if chip.startswith("gfx") else GPUTarget("cuda", int(chip[3:]), 32)
+    return triton.compile(source, target=gpu, options=options)
+
+
+def parts(kernel: str, channels: int, constants: dict[str, Any]) -> list[Part]:
+    """Return the products that a launch's constants ask for."""
+    depth = constants["BLOCK_K"]
+    if kernel == "spatial":
+        return [
+            Part(
+                f"{kernel_h}x{kernel_w}",
+                (constants["BLOCK_M"], columns, depth),
+                triton.cdiv(kernel_h * kernel_w * c, depth) * triton.cdiv(o, columns),
+            )
+            for c, o, kernel_h, kernel_w, *_, columns, _ in constants["LEVEL"]
+        ]
+    gemm = (constants["BLOCK_M"], constants["BLOCK_N"], depth)
+    pool = (constants["POOL_M"], constants["POOL_N"], constants["POOL_K"])
+    pool_tiles = gemm[0] // pool[0] * triton.cdiv(constants["POOL_WIDTH"], pool[1])
+    return [
+        Part("gemm", gemm, triton.cdiv(channels, depth) * constants["GEMM_TILES"]),
+        Part("pool", pool, triton.cdiv(channels, pool[2]) * pool_tiles, pipelined=False),
+    ]
+
+
+def measure(case: Case) -> list[dict[str, Any]]:
+    """Compile both kernels of a case; return for each what the machine code uses, ready for JSON."""
+    dtype = DTYPES[case.dtype]
+    rows = []
+    for name, launch in launches(case.chip, WIDTHS[case.block], dtype, case.mode == "train").items():
+        kernel = compile_launch(*launch, case.chip)
+        row = case._asdict() | {"kernel": name, "shared": kernel.metadata.shared}
+        if case.chip.startswith("gfx"):
+            row |= _read_amd(kernel.asm["amdgcn"])
+        else:
+            rate = CHIPS[case.chip].fma // (2 if dtype is torch.float32 else 1)
+            expected = parts(name, WIDTHS[case.block].in_channels, launch[2])
+            row |= _read_nvidia(kernel.asm["cubin"], kernel.metadata.num_warps, expected, rate)
+        rows.append(row)
+    return rows
+
+
+def _read_amd(text: str) -> dict[str, Any]:
+    def value(key: str) -> int:
+        (found,) = re.findall(rf"^\s*\.{key}:\s*(\d+)", text, re.MULTILINE)
+        return int(found)
+
+    def widths(kind: str) -> dict[str, int]:
+        names = re.findall(rf"^\s*(?:global|buffer)_{kind}_[us]?(byte|short|dword)(?:x(\d))?", text, re.MULTILINE)
+        sizes = [{"byte": 1, "short": 2, "dword": 4}[unit] * int(count or 1) for unit, count in names]
+        return {str(size): sizes.count(size) for size in sorted(set(sizes), reverse=True)}
+
+    return {
+        "registers": value("vgpr_count"),
+        "stack": value("private_segment_fixed_size"),
+        "local": value("vgpr_spill_count"),
+        "tensor_core": len(re.findall(r"^\s*v_mfma_", text, re.MULTILINE)),
+        "loads": widths("load"),
+        "stores": widths("store"),
+    }
+
+
+def _read_nvidia(cubin: bytes, warps: int, expected: list[Part], rate: int) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage, text = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    code = sass.parse(text)
+    loops = sass.main_loops(code, warps)
+    row = {
+        "registers": int(registers),
+        "stack": int(stack),
+        "local": sum(i.base in ("LDL", "STL") for i in code),
+        "tensor_core": sass.tensor_core(code),
+        "loads": sass.widths(code, "LDG", "LDGSTS"),
+        "stores": sass.widths(code, "STG"),
+    }
+    if len(loops) != len(expected):  # unrolled, or several for one product: nothing to attribute
+        return row | {"loops": {}, "launch_pressure": None}
+    described = {}
+    for part in expected:  # the compiler may swap the branches of a kernel
+
+        def unlike(loop: sass.Loop, part: Part = part) -> tuple[bool, bool]:
+            return loop.fma not in (None, math.prod(part.tile)), (loop.copies > 0) != part.pipelined
+
+        loop = min(loops, key=unlike)
+        loops.remove(loop)
+        described[part.name] = _pressures(loop, part, warps, rate)
+    issue = sum(part.steps * described[part.name]["issue_cycles"] for part in expected)
+    tensor = sum(part.steps * described[part.name]["tensor_cycles"] for part in expected)
+    return row | {"loops": described, "launch_pressure": issue / tensor}
+
+
+def _pressures(loop: sass.Loop, part: Part, warps: int, rate: int) -> dict[str, Any]:
+    """Return a loop's figures against the cycles that its products take on the tensor cores.
+
+    Issue pressure: instructions x warps / 4 slots a cycle. Shared-memory pressure: bytes / 128 a cycle.
+    """
+    cycles = (loop.fma or math.prod(part.tile)) / rate
+    issue = loop.instructions * warps / 4
+    return asdict(loop) | {
+        "tile": list(part.tile),
+        "issue_cycles": issue,
+        "tensor_cycles": cycles,
+        "issue_pressure": issue / cycles,
+        "shared_pressure": None if loop.shared_bytes is None else loop.shared_bytes / 128 / cycles,
+        "l2_bytes_per_cycle": loop.global_bytes / cycles,
+    }

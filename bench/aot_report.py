@@ -1,0 +1,166 @@
+"""Report what the compiler makes of every kernel and shipped tile size, for chips that this machine need not have.
+
+python bench/aot_report.py                                     # all blocks on sm_90, two on the other chips
+python bench/aot_report.py --chips sm_90 --blocks 3a --dtypes fp16 --mode train infer
+python bench/aot_report.py --json new.json                     # with one Triton
+python bench/aot_report.py --against new.json                  # with another: where they differ
+
+A line for each kernel: registers of a thread, bytes of stack, local-memory accesses (spills), shared memory,
+tensor-core instructions, and global loads and stores as count x bytes of a lane. Below it, on NVIDIA, a line for each
+main loop, as cycles of the resource over cycles of the tensor cores: above 1 the resource bounds the loop.
+  issue   instructions x warps / 4 slots
+  shared  bytes through the port of shared memory and L1 / 128
+  L2      bytes loaded per tensor cycle (an H100 feeds 24 to 32); "<" where L1 may serve some of the loads
+Nothing here is a time: latency and occupancy are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from bench.record import commit, write_json
+from fastinception.googlenet import WIDTHS
+from fastinception.kernels import target
+
+CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = ("fp32", "bf16", "fp16")
+KEY = ("chip", "block", "dtype", "mode", "kernel")
+
+
+def _measure(case: tuple[str, str, str, str]) -> list[dict[str, Any]]:
+    from bench import aot
+
+    return aot.measure(aot.Case(*case))
+
+
+def _cases(args: argparse.Namespace) -> list[tuple[str, str, str, str]]:
+    """Return the product of what was asked for; where no blocks were named, two stand for all but on sm_90."""
+    return [
+        case
+        for case in itertools.product(args.chips, args.blocks or WIDTHS, args.dtypes, args.mode)
+        if args.blocks or case[0] == "sm_90" or case[1] in ("3a", "4e")
+    ]
+
+
+def _run(cases: list[tuple[str, str, str, str]], jobs: int) -> Iterator[list[dict[str, Any]]]:
+    if jobs == 1:
+        yield from map(_measure, cases)
+        return
+    # spawn: a forked child would share threads that torch may have started.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_measure, cases)
+
+
+def _widths(counts: dict[str, int]) -> str:
+    return " ".join(f"{count}x{width}" for width, count in counts.items()) or "none"
+
+
+def lines(row: dict[str, Any]) -> list[str]:
+    """Lay out one kernel and its main loops."""
+    name = " ".join(row[key] for key in KEY)
+    text = [
+        f"{name:32} regs {row['registers']:3}  stack {row['stack']}  local {row['local']}  "
+        f"shared {row['shared'] / 1024:5.1f} KB  tensor-core {row['tensor_core']:3}  "
+        f"loads {_widths(row['loads'])}  stores {_widths(row['stores'])}"
+    ]
+    if row.get("loops") == {}:
+        text.append("  no main loop for each product: unrolled, or split")
+    for part, loop in row.get("loops", {}).items():
+        shared = "-" if loop["shared_pressure"] is None else f"{loop['shared_pressure']:.2f}"
+        notes = "  WAITS for its own loads" if loop["waits_for_own_loads"] else ""
+        notes += "  drains the tensor cores" if loop["drains"] else ""
+        tile = "x".join(map(str, loop["tile"]))
+        l2 = f"{'' if loop['copies'] else '<'}{loop['l2_bytes_per_cycle']:.1f}"
+        text.append(
+            f"  {part:5} {tile:12} {loop['instructions']:4} instructions  {loop['tensor_cycles']:4.0f} tensor cycles  "
+            f"issue {loop['issue_pressure']:5.2f}  shared {shared:>5}  L2 {l2:>7}{notes}"
+        )
+    if row.get("launch_pressure"):
+        text.append(f"  whole launch: issue {row['launch_pressure']:.2f}")
+    return text
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
+    return {path: value}
+
+
+def differences(ours: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Return a line for each figure that differs, and for each kernel that only one report has."""
+    reports = [{" ".join(row[key] for key in KEY): _flat(row) for row in report["rows"]} for report in (ours, other)]
+    text = []
+    for name in {**reports[0], **reports[1]}:
+        rows = [report.get(name) for report in reports]
+        if None in rows:
+            text.append(f"{name}: only in {'this report' if rows[1] is None else 'the other report'}")
+            continue
+        for field in {**rows[0], **rows[1]}:
+            a, b = (row.get(field) for row in rows)
+            if a != b:
+                a, b = (f"{v:.3f}" if isinstance(v, float) else v for v in (a, b))
+                text.append(f"{name}: {field} {a}, the other {b}")
+    return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=CHIPS, metavar="CHIP", help=" ".join(CHIPS))
+    parser.add_argument("--blocks", nargs="+", choices=WIDTHS, metavar="BLOCK", help=" ".join(WIDTHS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16")
+    parser.add_argument("--mode", nargs="+", choices=("train", "infer"), default=["train"], help="default: train")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: the number of cores")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="keep the report")
+    parser.add_argument("--against", type=Path, metavar="PATH", help="print where a kept report differs from this one")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    other = None
+    if args.against is not None:
+        try:
+            other = json.loads(args.against.read_text())
+        except (OSError, ValueError) as error:
+            parser.error(f"--against {args.against}: {error}")
+    if target.interpreted():
+        parser.error("TRITON_INTERPRET is set, and the interpreter replaces the compiler: unset it")
+    try:
+        import triton
+    except ImportError:
+        parser.error("Triton is not installed")
+    head = {"torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
+    print(", ".join(f"{name} {version}" for name, version in head.items()))
+    rows = []
+    for found in _run(_cases(args), args.jobs):
+        rows += found
+        for row in found:
+            print("\n".join(lines(row)), flush=True)
+    report = head | {"rows": rows}
+    if args.json is not None:
+        write_json(report, args.json)
+    if other is not None:
+        print(f"\nagainst triton {other['triton']}, commit {other['commit']}:")
+        print("\n".join(differences(report, other)) or "no difference")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
