@@ -80,11 +80,11 @@ def _empty_triton_outputs(x: Tensor, params: Sequence[Tensor], save: bool) -> tu
 
 def _as_kernel_operand(tensor: Tensor) -> Tensor:
     """Return ``tensor`` with rows the kernels can walk: itself but for expanded, permuted or sliced parameters."""
-    if tensor.dim() < 4 or tensor.shape[2:] == (1, 1):
-        return tensor.contiguous()
     if tensor.is_contiguous():
         return tensor
-    return tensor.contiguous(memory_format=torch.channels_last)
+    if tensor.dim() == 4 and tensor.shape[2:] != (1, 1):
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor.contiguous()
 
 
 def _launch(x: Tensor, params: Sequence[Tensor], out: Tensor, r2: Tensor, r3: Tensor, mask: Tensor | None) -> None:

@@ -1,7 +1,8 @@
-"""Choose tile sizes: one frozen type, one validity rule, one default for each kernel."""
+"""Choose tile sizes: one frozen type, one validity rule, one default for each kernel, cached for the launchers."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -40,11 +41,13 @@ def _block_k(dtype: torch.dtype) -> int:
     return 128 // dtype.itemsize  # rows of 128 bytes: whole cache lines, and the widest shared-memory swizzle
 
 
+@functools.cache
 def gemm(columns: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the entry level's merged 1x1 convolutions, ``columns`` wide."""
     return Tiles(128, _narrow(128, columns), _block_k(dtype), num_warps=8, num_stages=3)
 
 
+@functools.cache
 def pool(dtype: torch.dtype) -> Tiles:
     """Tiles of the entry level's pooled branch; ``num_warps`` and ``num_stages`` are the launch's, from ``gemm``.
 
@@ -54,6 +57,12 @@ def pool(dtype: torch.dtype) -> Tiles:
     return Tiles(128, 64, max(16, _block_k(dtype) // 2), num_warps=8, num_stages=1)
 
 
+@functools.cache
 def spatial(columns: int, dtype: torch.dtype) -> Tiles:
     """Tiles of one convolution of the spatial level with ``columns`` output channels."""
     return Tiles(128, _narrow(128, columns), _block_k(dtype), num_warps=8, num_stages=3)
+
+
+def tiles(size: int, block: int) -> int:
+    """Return how many tiles of ``block`` cover ``size`` (``triton.cdiv`` takes 2 us: it serves kernels, too)."""
+    return -(-size // block)

@@ -215,9 +215,9 @@ def entry(
     save = mask is not None
     aligned = channels * x.itemsize % 16 == 0 and all(w.data_ptr() % 16 == 0 for w in weights)
     mask_bytes = mask if mask is not None else out  # never written where SAVE is off
-    column_tiles = triton.cdiv(sum(widths), gemm.block_n)
-    pool_tiles = gemm.block_m // pool.block_m * triton.cdiv(pool_weight.shape[0], pool.block_n)
-    grid = (triton.cdiv(rows, gemm.block_m) * (column_tiles + pool_tiles),)
+    column_tiles = configs.tiles(sum(widths), gemm.block_n)
+    pool_tiles = gemm.block_m // pool.block_m * configs.tiles(pool_weight.shape[0], pool.block_n)
+    grid = (configs.tiles(rows, gemm.block_m) * (column_tiles + pool_tiles),)
     with target.device_of(x):
         _entry_kernel[grid](
             x, tuple(weights), tuple(biases), out, tuple(denses), mask_bytes,

@@ -153,7 +153,7 @@ def spatial(convs: Sequence[Conv], out: Tensor, mask: Tensor | None) -> None:
                 packed,
             )
         )
-        tiles += triton.cdiv(rows, config.block_m) * triton.cdiv(out_channels, config.block_n)
+        tiles += configs.tiles(rows, config.block_m) * configs.tiles(out_channels, config.block_n)
     save = mask is not None
     with target.device_of(out):
         _spatial_kernel[(tiles,)](
