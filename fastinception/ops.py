@@ -122,7 +122,8 @@ torch.library.define(
 @torch.library.impl("fastinception::aten_forward", "default")
 def _aten_forward(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
     out = empty_output(x, params)
-    return out, *map(_as_promised, aten.forward_saving(x, params, out))
+    saved = aten.forward_saving(x, params, out)
+    return out, *(_as_promised(tensor, _channels_last_strides(tensor.shape)) for tensor in saved)
 
 
 @torch.library.impl("fastinception::triton_forward", "default")
@@ -133,21 +134,23 @@ def _triton_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return out, r2, r3, mask
 
 
-def _as_promised(result: Tensor, format: torch.memory_format = torch.channels_last) -> Tensor:
-    """Return ``result`` with the strides of a new tensor in ``format``, as the fake has them, and memory of its own.
+def _channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    _, channels, height, width = shape
+    return height * width * channels, 1, width * channels, channels
+
+
+def _as_promised(result: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return ``result`` with the strides that the fake has, and memory of its own.
 
     It lacks them where a size of 1 leaves channels_last open, and where a gradient is a slice of a merged one.
     """
-    strides: tuple[int, ...] = (1,)
-    if result.dim() == 4:
-        _, channels, height, width = result.shape
-        if format is torch.channels_last:
-            strides = (height * width * channels, 1, width * channels, channels)
-        else:
-            strides = (channels * height * width, height * width, width, 1)
-    if result.stride() == strides and result.untyped_storage().nbytes() == result.nbytes:
-        return result
-    return _dense(result, result.shape, format).copy_(result)
+    if result.untyped_storage().nbytes() == result.nbytes:
+        if result.stride() == strides:
+            return result
+        sizes = zip(result.shape, result.stride(), strides, strict=True)
+        if all(size == 1 or own == promised for size, own, promised in sizes):
+            return result.as_strided(result.shape, strides)
+    return torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device).copy_(result)
 
 
 torch.library.register_fake("fastinception::aten_forward", lambda x, *params: _empty_aten_outputs(x, params))
@@ -206,23 +209,24 @@ torch.library.define(
 )
 
 
-def _gradient_format(t: Tensor) -> torch.memory_format:
-    return memory_format(t) if t.dim() == 4 else torch.contiguous_format
-
-
 def _empty_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Allocate each gradient in its input's memory format; what is not needed is an empty tensor."""
+    """Allocate each gradient with its input's strides, if it is dense; what is not needed is an empty tensor."""
     return tuple(
-        _dense(t, t.shape if need else (0,), _gradient_format(t) if need else torch.contiguous_format)
+        torch.empty_like(t) if need else _dense(t, (0,), torch.contiguous_format)
         for t, need in zip(inputs, needs, strict=True)
     )
 
 
 def _all_gradients(grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(
-        _dense(t, (0,), torch.contiguous_format) if grad is None else _as_promised(grad, _gradient_format(t))
-        for grad, t in zip(grads, inputs, strict=True)
-    )
+    """Return what ``_empty_gradients`` promises, filled."""
+    results = []
+    for grad, t in zip(grads, inputs, strict=True):
+        if grad is None:
+            results.append(_dense(t, (0,), torch.contiguous_format))
+            continue
+        dense = t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
+        results.append(_as_promised(grad, t.stride() if dense else torch.empty_like(t, device="meta").stride()))
+    return tuple(results)
 
 
 @torch.library.impl("fastinception::aten_backward", "default")

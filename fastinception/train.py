@@ -17,7 +17,6 @@ import signal
 import sys
 import tempfile
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -124,8 +123,6 @@ class Trainer:
         self.call: Any = torch.compile(self.net, dynamic=False) if compiled else self.net
         self.model = self.call
         if world.size > 1:
-            # Strides of 1x1 weights in channels_last have several spellings; it costs nothing that these differ.
-            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             ids = [world.device] if world.device.type == "cuda" else None
             self.model = DistributedDataParallel(self.call, device_ids=ids)
         self.optimizer = torch.optim.SGD(net.parameters(), lr=config["lr"])
