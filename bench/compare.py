@@ -205,14 +205,15 @@ class Comparison:
         return runners
 
     def _memory(self, runners: Mapping[str, Timed], dtype: str) -> dict[str, dict[str, int]]:
-        """Return saved and peak bytes of training variants, by label: on a CPU of the eager ones in channels_last."""
-        if self.args.device.type == "cuda":
-            return {label: memory.measure(r) for label, r in runners.items() if isinstance(r, Runner) and not r.graph}
+        """Return saved and peak bytes of the eager training variants in channels_last, by label."""
         size, side = len(self.batch.labels), self.batch.images.shape[-1]
         found = {}
         for block, label in (("plain", "plain eager channels_last"), ("FastInception", "FastInception eager")):
             self.display.stage(f"training, {dtype}: memory of {label}", 0, None)
-            found[label] = memory.in_fresh_process(block, size, side, dtype)
+            if isinstance(runner := runners[label], Runner) and self.args.device.type == "cuda":
+                found[label] = memory.measure(runner)
+            else:
+                found[label] = memory.in_fresh_process(block, size, side, dtype)
         return found
 
     def _rate(self, samples: list[float]) -> tuple[float, list[float]]:

@@ -1,4 +1,4 @@
-"""The least that a design with the library's convolutions can take: those convolutions and nothing else."""
+"""What the library's convolutions of a network take, called one by one, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ class Convolutions:
 
     Everything else of a pass or a step is left out: activations, pools, copies, casts, bias gradients, the optimizer.
     The data gradient of the first convolution is left out as well, as autograd does.
+
+    A measure of what is left to gain, no strict floor: each call reads an input that other calls have pushed out of the
+    caches, while a network's has just been written. In inference a good network can be faster.
 
     Args:
         net: the network whose convolutions are listed, in the order of one forward pass.

@@ -20,8 +20,6 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-os.environ["TRITON_INTERPRET"] = "1"  # lets the launchers run on CPU tensors
-
 import torch
 
 from fastinception import FastInception, Inception
@@ -46,7 +44,10 @@ def stubbed() -> Iterator[None]:
 
 
 def measure(rounds: int = 2000) -> dict[str, dict[str, float]]:
-    """Return microseconds a call, medians, by block (``"plain"``, ``"FastInception"``) and kind of call."""
+    """Return microseconds a call, medians, by block (``"plain"``, ``"FastInception"``) and kind of call.
+
+    Needs ``TRITON_INTERPRET=1``, which lets the launchers take CPU tensors.
+    """
     x = torch.rand(1, 16, 2, 2).contiguous(memory_format=torch.channels_last)
     blocks = {"plain": Inception(*WIDTHS), "FastInception": FastInception(*WIDTHS, backend="triton")}
 
@@ -71,5 +72,6 @@ def measure(rounds: int = 2000) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # here, not on import: it would switch a whole test run to the interpreter
     for name, costs in measure().items():
         print(f"{name:14}" + "".join(f"{kind}: {cost:6.1f} us   " for kind, cost in costs.items()))

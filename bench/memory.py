@@ -46,23 +46,26 @@ def saved_bytes(net: torch.nn.Module) -> Iterator[dict[int, int]]:
 def measure(runner: Runner) -> dict[str, int]:
     """Return ``saved_bytes``, what autograd keeps of one forward pass, and ``peak_bytes``, the most that a step needs.
 
-    The peak is the device's own counter on a GPU. On a CPU it is the process's resident memory, PyTorch's own
-    included, so it says something about a step only in a process that ran nothing else.
+    The peak on a GPU is what the device's own counter gained over all that was allocated before the step. On a CPU it
+    is the process's resident memory, PyTorch's own included, so it says something about a step only in a process that
+    ran nothing else.
     """
     device = runner.images.device
     runner()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    runner()
-    peak = _peak(device)
+        before = torch.cuda.memory_allocated(device)
+        runner()
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        runner()
+        peak = _peak_resident()
     with saved_bytes(runner.net) as found:
         runner.evaluate()
     return {"saved_bytes": sum(found.values()), "peak_bytes": peak}
 
 
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+def _peak_resident() -> int:
     with contextlib.suppress(OSError):  # Linux; its ru_maxrss starts at the parent's, whatever the child needs
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024

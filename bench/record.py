@@ -6,62 +6,33 @@ import contextlib
 import datetime
 import json
 import os
-import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+from fastinception import record
 
 
 def commit() -> str:
     """Name the commit of this checkout, with ``-dirty`` where a tracked file differs from it."""
-    name = _output("git", "rev-parse", "--short=12", "HEAD")
-    if name is None:
-        return "unknown"
-    return f"{name}-dirty" if _output("git", "status", "--porcelain", "--untracked-files=no") else name
+    return record.commit() or "unknown"
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
     """Return machine, software and date, ready for JSON."""
-    triton = None
-    with contextlib.suppress(ImportError):
-        import triton as module
-
-        triton = module.__version__
-    found: dict[str, Any] = {
-        "device": platform.processor() or platform.machine(),
+    about = record.environment(device)
+    cpu, gpu = about.pop("cpu"), about.pop("gpu")
+    flags: list[str] = []
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next(line for line in lines if line.startswith("flags")).split()
+    return about | {
+        "device": gpu or cpu,
         "device_type": device.type,
-        "cpu_flags": [],
-        "driver": None,
-    }
-    with contextlib.suppress(OSError):
-        cpuinfo = Path("/proc/cpuinfo").read_text()
-        fields = dict([part.strip() for part in line.split(":", 1)] for line in cpuinfo.splitlines() if ":" in line)
-        found["device"] = fields.get("model name", found["device"])
-        flags = fields.get("flags", "").split()
-        found["cpu_flags"] = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
-    found["cpu_count"] = os.cpu_count()
-    if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-        drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        found["driver"] = drivers.splitlines()[0] if drivers else None
-    return found | {
-        "torch": torch.__version__,
-        "triton": triton,
-        "python": platform.python_version(),
+        "cpu_flags": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags],
+        "cpu_count": os.cpu_count(),
         "commit": commit(),
-        "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

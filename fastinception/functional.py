@@ -108,35 +108,24 @@ def _check_input(x: Tensor, params: Sequence[Tensor]) -> None:
     ]  # fmt: skip
     if shapes == fitting and all(p.dtype is dtype and p.device == device for p in params):
         return  # on every call, so in one go; the rest finds words
-    _explain_misfit(x, params)
-
-
-def _explain_misfit(x: Tensor, params: Sequence[Tensor]) -> None:
-    w1, _, w21, _, w22, _, w31, _, w32, _, w42, _ = params
-    expected = (
-        ("p1_1", w1, x.shape[1], 1),
-        ("p2_1", w21, x.shape[1], 1),
-        ("p2_2", w22, w21.shape[0], 3),
-        ("p3_1", w31, x.shape[1], 1),
-        ("p3_2", w32, w31.shape[0], 5),
-        ("p4_2", w42, x.shape[1], 1),
-    )
-    if w1.dim() == 4 and x.shape[1] != w1.shape[1]:
-        raise ValueError(f"x must have {w1.shape[1]} channels, got {x.shape[1]}: {list(x.shape)}")
-    for i, (name, weight, channels, kernel) in enumerate(expected):
-        if weight.shape[1:] != (channels, kernel, kernel):
-            raise ValueError(f"{name}'s weight must be [c, {channels}, {kernel}, {kernel}], got {list(weight.shape)}")
-        if params[2 * i + 1].shape != weight.shape[:1]:
-            raise ValueError(f"{name}'s bias must be [{weight.shape[0]}], got {list(params[2 * i + 1].shape)}")
-        for kind, tensor in (("weight", weight), ("bias", params[2 * i + 1])):
-            if tensor.dtype is not x.dtype:
+    if len(shapes[0]) == 4 and k != shapes[0][1]:
+        raise ValueError(f"x must have {shapes[0][1]} channels, got {k}: {list(x.shape)}")
+    for i, name in enumerate(("p1_1", "p2_1", "p2_2", "p3_1", "p3_2", "p4_2")):
+        weight, bias = params[2 * i], params[2 * i + 1]
+        if weight.shape != fitting[2 * i]:
+            expected = ", ".join(map(str, fitting[2 * i][1:]))
+            raise ValueError(f"{name}'s weight must be [c, {expected}], got {list(weight.shape)}")
+        if bias.shape != fitting[2 * i + 1]:
+            raise ValueError(f"{name}'s bias must be {list(fitting[2 * i + 1])}, got {list(bias.shape)}")
+        for kind, tensor in (("weight", weight), ("bias", bias)):
+            if tensor.dtype is not dtype:
                 raise TypeError(
-                    f"x and the parameters must have one dtype outside autocast, got {x.dtype} for x and "
+                    f"x and the parameters must have one dtype outside autocast, got {dtype} for x and "
                     f"{tensor.dtype} for {name}'s {kind}"
                 )
-            if tensor.device != x.device:
+            if tensor.device != device:
                 raise ValueError(
-                    f"x and the parameters must be on one device, got {x.device} for x and {tensor.device} for "
+                    f"x and the parameters must be on one device, got {device} for x and {tensor.device} for "
                     f"{name}'s {kind}"
                 )
 

@@ -19,6 +19,8 @@ from fastinception import checkpoint
 if TYPE_CHECKING:
     from fastinception.train import Trainer
 
+_HERE = Path(__file__).resolve().parent
+
 
 class Display:
     """Show the run as it goes and write its record: what only the first process does."""
@@ -101,17 +103,24 @@ def _curves(history: Sequence[dict[str, Any]]) -> bytes:
     return png.getvalue()
 
 
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, cwd=_HERE, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def commit() -> str | None:
+    """Name the commit of this checkout, with ``-dirty`` where a tracked file differs; None where this is none."""
+    # An installed copy may lie inside another project's checkout, whose commit says nothing.
+    if _output("git", "rev-parse", "--show-prefix") != f"{_HERE.name}/":
+        return None
+    return _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or None
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Return the versions, the processor, the GPU and the commit of this code, ready for JSON."""
-    here = Path(__file__).resolve().parent
-
-    def output(*command: str) -> str:
-        try:
-            done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=20, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return ""
-        return done.stdout.strip()
-
     triton = None
     with contextlib.suppress(ImportError):
         import triton as module
@@ -124,11 +133,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     gpu = driver = None
     if device.type == "cuda":
         gpu = torch.cuda.get_device_name(device)
-        driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or None
-    commit = ""
-    # An installed copy may lie inside another project's checkout, whose commit says nothing.
-    if output("git", "rev-parse", "--show-prefix") == f"{here.name}/":
-        commit = output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or None
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -137,5 +142,5 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "driver": driver,
-        "commit": commit or None,
+        "commit": commit(),
     }

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from bench import host_cost
@@ -17,3 +22,11 @@ def test_a_call_costs_the_host_less_than_the_plain_blocks():
     # __getattr__ and tile sizes were cached: 0.96 and 1.5.
     assert costs["FastInception"]["inference"] < 0.9 * costs["plain"]["inference"], costs
     assert costs["FastInception"]["forward with grad"] < 1.75 * costs["plain"]["forward with grad"], costs
+
+
+def test_an_import_leaves_the_interpreter_switch_alone():
+    """Set on import, it would turn a GPU's whole test run into an interpreted one."""
+    code = "import os; from bench import host_cost; assert 'TRITON_INTERPRET' not in os.environ"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).resolve().parent.parent
+    subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True)
