@@ -104,6 +104,7 @@ def launches(
         # What the launcher would read off a device.
         asm = target.MAX_ASM.get(dtype) if chip.startswith("sm_") else None
         patched.enter_context(mock.patch.object(target, "max_asm", return_value=asm))
+        patched.enter_context(mock.patch.object(target, "gpu", return_value=target.Gpu(chip, chip)))
         out, r2, r3, mask = ops._empty_triton_outputs(x, params, save)
         ops._launch(x, params, out, r2, r3, mask if save else None)
     return {name: (functions[name], recorders[name].args, recorders[name].kwargs) for name in modules}

@@ -1,18 +1,39 @@
-"""Choose tile sizes: one frozen type, one validity rule, one default for each kernel, cached for the launchers."""
+"""Choose how each launch is cut into tiles and compiled: a tuned table of the GPU where there is one, else defaults.
+
+Nothing is measured here: ``bench/tune.py`` makes the tables.
+"""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+
+from fastinception.kernels.target import Gpu
+
+TUNED = Path(__file__).with_name("tuned")
+CONDITIONS = ("device", "driver", "torch", "triton", "commit", "date")
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Size of the tile that one program computes, and how it is compiled.
+    """Size of the tile that one program computes, and how a kernel is compiled and launched.
 
-    ``block_m`` counts pixels, ``block_n`` output channels, ``block_k`` one step of the reduction.
+    ``block_m`` counts pixels, ``block_n`` output channels, ``block_k`` one step of the reduction. ``launch_pdl``:
+    start while the previous kernel ends (programmatic dependent launch), where the chip can.
+
+    Entry alone: ``pool`` is the tile of the pooled branch, in the same order, which shares ``num_warps``;
+    ``interleaved`` puts the tiles of both parts side by side for each block of rows, else all of the GEMM's come first.
+
+    Spatial alone: ``library`` computes the convolutions by the library and finishes them in one launch.
     """
 
     block_m: int
@@ -20,49 +41,180 @@ class Tiles:
     block_k: int
     num_warps: int
     num_stages: int
+    pool: tuple[int, int, int] | None = None
+    interleaved: bool = True
+    library: bool = False
+    launch_pdl: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("block_m", "block_n", "block_k"):
-            size = getattr(self, name)
-            if size < 16 or size & (size - 1):
-                raise ValueError(f"{name} must be a power of two of at least 16 (tl.dot), got {size}")
-        if self.num_warps not in (1, 2, 4, 8, 16) or self.num_stages < 1:
+        sizes = {name: getattr(self, name) for name in ("block_m", "block_n", "block_k")}
+        if self.pool is not None:
+            sizes |= dict(zip(("pool's block_m", "pool's block_n", "pool's block_k"), self.pool, strict=True))
+        for name, size in sizes.items():
+            if type(size) is not int or size < 16 or size & (size - 1):
+                raise ValueError(f"{name} must be a power of two of at least 16 (tl.dot), got {size!r}")
+        if self.num_warps not in (1, 2, 4, 8, 16) or type(self.num_stages) is not int or self.num_stages < 1:
             raise ValueError(f"num_warps must be 1, 2, 4, 8 or 16 and num_stages at least 1, got {self}")
+        if self.pool is not None and self.block_m % self.pool[0]:
+            raise ValueError(f"pool's block_m must divide block_m, got {self.pool[0]} and {self.block_m}")
+        for name in ("interleaved", "library", "launch_pdl"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
-
-def _narrow(size: int, channels: int) -> int:
-    """Halve a channel tile while it is at least twice as wide as the channels need."""
-    while size > 16 and size // 2 >= channels:
-        size //= 2
-    return size
+    def options(self, gpu: Gpu) -> dict[str, Any]:
+        """Return the keywords of a launch on ``gpu`` that say how it is compiled; ``PDL`` is the kernel's own."""
+        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.launch_pdl and gpu.runs_pdl:
+            return options | {"PDL": True, "launch_pdl": True}  # not every backend knows the latter
+        return options | {"PDL": False}
 
 
 def _block_k(dtype: torch.dtype) -> int:
     return 128 // dtype.itemsize  # rows of 128 bytes: whole cache lines, and the widest shared-memory swizzle
 
 
-@functools.cache
-def gemm(columns: int, dtype: torch.dtype) -> Tiles:
-    """Tiles of the entry level's merged 1x1 convolutions, ``columns`` wide."""
-    return Tiles(128, _narrow(128, columns), _block_k(dtype), num_warps=8, num_stages=3)
+def _stages(chip: str) -> int:
+    # 64 KB on sm_90 and 96 KB on sm_80 hold two steps of copies beside the products of a third.
+    return 4 if chip == "sm_80" else 3
 
 
-@functools.cache
-def pool(dtype: torch.dtype) -> Tiles:
-    """Tiles of the entry level's pooled branch; ``num_warps`` and ``num_stages`` are the launch's, from ``gemm``.
+def _level(dtype: torch.dtype, chip: str) -> Tiles:
+    return Tiles(128, 128, _block_k(dtype), num_warps=8, num_stages=_stages(chip))
 
-    Half as deep as the GEMM's: nine shifted loads are live at once. 64 channels are the least that a Hopper
-    tensor-core instruction takes.
+
+def _entry(dtype: torch.dtype, chip: str) -> Tiles:
+    # Half as deep as the GEMM's: nine shifted loads are live at once. 64 channels are the least that a Hopper
+    # tensor-core instruction takes.
+    return replace(_level(dtype, chip), pool=(128, 64, max(16, _block_k(dtype) // 2)))
+
+
+# By the kernel's name: the tiles where no table has any, for a dtype and a chip. A new kernel is one line here.
+DEFAULTS: dict[str, Callable[[torch.dtype, str], Tiles]] = {
+    "entry": _entry,
+    "spatial": _level,
+}
+
+
+class Entry(NamedTuple):
+    """A line of a table: the best tiles measured for a kernel, a dtype and a shape."""
+
+    kernel: str
+    dtype: torch.dtype
+    rows: int
+    reduction: int
+    columns: int
+    tiles: Tiles
+
+
+@functools.lru_cache(maxsize=4096)  # not without a bound: a server may see any number of image sizes
+def choose(kernel: str, rows: int, reduction: int, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tiles:
+    """Return the tiles of a launch: the nearest entry of the GPU's table, or the default.
+
+    Args:
+        kernel: a name in ``DEFAULTS``.
+        rows: M of the launch's largest product, ``N * H * W`` where rows are pixels.
+        reduction: its K, channels times taps.
+        columns: its N.
+        dtype: of the operands.
+        gpu: from ``target.gpu``.
+
+    Warns:
+        UserWarning: the GPU has a table, and it holds nothing for this kernel in this dtype. Once for each table.
+
+    Raises:
+        ValueError: the GPU's table is damaged or another GPU's; names the file.
     """
-    return Tiles(128, 64, max(16, _block_k(dtype) // 2), num_warps=8, num_stages=1)
+    tiles = DEFAULTS[kernel](dtype, gpu.chip)
+    path = table_path(gpu.name)
+    if (entries := _read_once(path)) is not None:
+        fitting = [entry for entry in entries if (entry.kernel, entry.dtype) == (kernel, dtype)]
+        if fitting:
+            wanted = (rows, reduction, columns)
+
+            def distance(entry: Entry) -> float:
+                own = (entry.rows, entry.reduction, entry.columns)
+                return sum(abs(math.log(a / b)) for a, b in zip(wanted, own, strict=True))
+
+            tiles = min(fitting, key=distance).tiles
+        else:
+            _warn(path, kernel, dtype)
+    return replace(tiles, block_n=narrow(tiles.block_n, columns))
 
 
-@functools.cache
-def spatial(columns: int, dtype: torch.dtype) -> Tiles:
-    """Tiles of one convolution of the spatial level with ``columns`` output channels."""
-    return Tiles(128, _narrow(128, columns), _block_k(dtype), num_warps=8, num_stages=3)
+def narrow(size: int, channels: int) -> int:
+    """Halve a channel tile while it is at least twice as wide as the channels need."""
+    while size > 16 and size // 2 >= channels:
+        size //= 2
+    return size
 
 
 def tiles(size: int, block: int) -> int:
     """Return how many tiles of ``block`` cover ``size`` (``triton.cdiv`` takes 2 us: it serves kernels, too)."""
     return -(-size // block)
+
+
+def table_path(name: str) -> Path:
+    """Return where the table of a GPU is, from its product name."""
+    return TUNED / f"{_slug(name)}.json"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+@functools.cache
+def _read_once(path: Path) -> list[Entry] | None:
+    return read_table(path) if path.is_file() else None
+
+
+_warned: set[Path] = set()
+
+
+def _warn(path: Path, kernel: str, dtype: torch.dtype) -> None:
+    if path not in _warned:
+        _warned.add(path)
+        warnings.warn(
+            f"{path} has no entry for {kernel} in {dtype}: default tiles are used where it has none. "
+            "bench/tune.py adds them",
+            stacklevel=2,
+        )
+
+
+def read_table(path: Path) -> list[Entry]:
+    """Read a table that ``bench/tune.py`` wrote.
+
+    Raises:
+        ValueError: the file is no table, or a value in it cannot be, or its conditions name another GPU than its name.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        table: Any = json.loads(path.read_text(), parse_constant=refuse)
+        if set(table) != {"conditions", "entries"}:
+            raise ValueError(f"the keys conditions and entries were expected, got {', '.join(table)}")
+        if missing := [name for name in CONDITIONS if name not in table["conditions"]]:
+            raise ValueError(f"the conditions lack {', '.join(missing)}")
+        if _slug(table["conditions"]["device"]) != path.stem:
+            raise ValueError(f"it was measured on {table['conditions']['device']!r}, which its name is not")
+        return [_entry_of(**item) for item in table["entries"]]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a table of tuned tiles: {error}") from error
+
+
+def _entry_of(
+    *, kernel: str, dtype: str, rows: int, reduction: int, columns: int, tiles: dict[str, Any], **measured: float
+) -> Entry:
+    if kernel not in DEFAULTS:
+        raise ValueError(f"kernel must be one of {', '.join(DEFAULTS)}, got {kernel!r}")
+    if not isinstance(type_ := getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype must be the name of a torch.dtype, got {dtype!r}")
+    for name, size in (("rows", rows), ("reduction", reduction), ("columns", columns)):
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{name} must be a positive int, got {size!r}")
+    pool = tiles.get("pool")
+    if kernel == "entry" and pool is None:
+        raise ValueError("entry needs pool, the tile of its pooled branch")
+    own = Tiles(**tiles | {"pool": None if pool is None else tuple(pool)})
+    return Entry(kernel, type_, rows, reduction, columns, own)

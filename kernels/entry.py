@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, target
-from fastinception.kernels.epilogue import bias_relu, out_strides, store_active
+from fastinception.kernels.epilogue import bias_relu, follow_predecessor, out_strides, store_active
 
 
 @triton.jit
@@ -150,22 +150,28 @@ def _pool_tile(
 def _entry_kernel(
     x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr, pool_w_ptr, pool_b_ptr, pool_out_ptr, pool_mask_ptr,
     M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
-    WIDTHS: tl.constexpr, GEMM_TILES: tl.constexpr, POOL_WIDTH: tl.constexpr,
+    WIDTHS: tl.constexpr, GEMM_TILES: tl.constexpr, POOL_WIDTH: tl.constexpr, POOL_TILES: tl.constexpr,
     EVEN_K: tl.constexpr, POOL_EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, MAX_ASM: tl.constexpr,
-    PRECISION: tl.constexpr, SAVE: tl.constexpr,
+    PRECISION: tl.constexpr, SAVE: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     POOL_M: tl.constexpr, POOL_N: tl.constexpr, POOL_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the GEMM or of the pooled branch.
+    """One tile of the GEMM or of the pooled branch; a block of rows has GEMM_TILES and POOL_TILES, either may be 0.
 
-    For each block of rows first its GEMM tiles, then its pool tiles, so that x comes from device memory once and
-    from the L2 cache after that.
+    INTERLEAVED: for each block of rows first its GEMM tiles, then its pool tiles, so that x comes from device memory
+    once and from the L2 cache after that. Else all GEMM tiles, then all pool tiles.
     """
+    follow_predecessor(PDL)
     POOL_COLUMNS: tl.constexpr = (POOL_WIDTH + POOL_N - 1) // POOL_N
-    TILES: tl.constexpr = GEMM_TILES + (BLOCK_M // POOL_M) * POOL_COLUMNS
-    row_tile = tl.program_id(0) // TILES
-    tile = tl.program_id(0) % TILES
-    if tile < GEMM_TILES:
+    TILES: tl.constexpr = GEMM_TILES + POOL_TILES
+    program = tl.program_id(0)
+    row_tile = program // TILES
+    tile = program % TILES
+    if not INTERLEAVED and GEMM_TILES > 0 and POOL_TILES > 0:
+        behind = program - tl.cdiv(M, BLOCK_M) * GEMM_TILES
+        row_tile = tl.where(behind < 0, program // GEMM_TILES, behind // POOL_TILES)
+        tile = tl.where(behind < 0, program % GEMM_TILES, GEMM_TILES + behind % POOL_TILES)
+    if POOL_TILES == 0 or (GEMM_TILES > 0 and tile < GEMM_TILES):
         _gemm_tile(
             row_tile, tile, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
             M, K, H * W, stride_on, stride_op, stride_oc, stride_mask,
@@ -192,6 +198,9 @@ def entry(
     denses: Sequence[Tensor],
     mask: Tensor | None,
     pool_mask_column: int,
+    *,
+    tiles: configs.Tiles | None = None,
+    part: str | None = None,
 ) -> None:
     """Launch level 0 on ``x``'s device and current stream.
 
@@ -205,28 +214,36 @@ def entry(
         mask: ``[M, bytes]`` uint8, the packed ReLU mask of ``out`` (one bit an element, each branch starts a byte);
             None skips it.
         pool_mask_column: the byte at which the pooled branch starts in ``mask``.
+        tiles: in place of those that ``configs`` chooses.
+        part: ``"gemm"`` or ``"pool"`` launches that part alone, to time it; None both.
 
-    All floating tensors have x's dtype. Checked by the caller.
+    All floating tensors have x's dtype. Checked by the caller, but for:
+
+    Raises:
+        ValueError: ``part`` is no part.
     """
+    if part not in (None, "gemm", "pool"):
+        raise ValueError(f"part must be None, 'gemm' or 'pool', got {part!r}")
     n, channels, height, width = x.shape
     rows = n * height * width
     widths = tuple(w.shape[0] for w in weights)
-    gemm, pool = configs.gemm(sum(widths), x.dtype), configs.pool(x.dtype)
+    gpu = target.gpu(x.device)
+    tiles = tiles or configs.choose("entry", rows, channels, sum(widths), x.dtype, gpu)
+    pool_m, pool_n, pool_k = tiles.pool
     save = mask is not None
     aligned = channels * x.itemsize % 16 == 0 and all(w.data_ptr() % 16 == 0 for w in weights)
     mask_bytes = mask if mask is not None else out  # never written where SAVE is off
-    column_tiles = configs.tiles(sum(widths), gemm.block_n)
-    pool_tiles = gemm.block_m // pool.block_m * configs.tiles(pool_weight.shape[0], pool.block_n)
-    grid = (configs.tiles(rows, gemm.block_m) * (column_tiles + pool_tiles),)
+    gemm_tiles = 0 if part == "pool" else configs.tiles(sum(widths), tiles.block_n)
+    pool_tiles = 0 if part == "gemm" else tiles.block_m // pool_m * configs.tiles(pool_weight.shape[0], pool_n)
+    grid = (configs.tiles(rows, tiles.block_m) * (gemm_tiles + pool_tiles),)
     with target.device_of(x):
         _entry_kernel[grid](
             x, tuple(weights), tuple(biases), out, tuple(denses), mask_bytes,
             pool_weight, pool_bias, out[:, pool_column:], mask_bytes[:, pool_mask_column:] if save else out,
             rows, channels, height, width, *out_strides(out), mask_bytes.stride(0),
-            WIDTHS=widths, GEMM_TILES=column_tiles, POOL_WIDTH=pool_weight.shape[0],
-            EVEN_K=channels % gemm.block_k == 0, POOL_EVEN_K=channels % pool.block_k == 0, ALIGNED=aligned,
+            WIDTHS=widths, GEMM_TILES=gemm_tiles, POOL_WIDTH=pool_weight.shape[0], POOL_TILES=pool_tiles,
+            EVEN_K=channels % tiles.block_k == 0, POOL_EVEN_K=channels % pool_k == 0, ALIGNED=aligned,
             MAX_ASM=target.max_asm(x), PRECISION=target.input_precision(x.dtype), SAVE=save,
-            BLOCK_M=gemm.block_m, BLOCK_N=gemm.block_n, BLOCK_K=gemm.block_k,
-            POOL_M=pool.block_m, POOL_N=pool.block_n, POOL_K=pool.block_k,
-            num_warps=gemm.num_warps, num_stages=gemm.num_stages,
+            INTERLEAVED=tiles.interleaved, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+            POOL_M=pool_m, POOL_N=pool_n, POOL_K=pool_k, **tiles.options(gpu),
         )  # fmt: skip

@@ -1,9 +1,20 @@
-"""Finish a tile of any level: bias, ReLU, one rounding, and the packed ReLU mask that the backward needs."""
+"""Begin and finish a tile of any level: bias, ReLU, one rounding, and the packed ReLU mask that the backward needs."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+@triton.jit
+def follow_predecessor(PDL: tl.constexpr):
+    """Wait until the kernel in front has ended, and let the next one start; nothing may be read or written before it.
+
+    Also what seems to depend on no kernel: memory that is reused, weights that an optimizer has just written.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

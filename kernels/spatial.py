@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, target
-from fastinception.kernels.epilogue import bias_relu, out_strides, store_active
+from fastinception.kernels.epilogue import bias_relu, follow_predecessor, out_strides, store_active
 
 
 class Geometry(NamedTuple):
@@ -90,8 +90,10 @@ def _spatial_kernel(
     x_ptrs, w_ptrs, b_ptrs, out_ptrs, mask_ptrs, reductions,
     M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
     LEVEL: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of one convolution: the tiles of the list's convolutions follow one another."""
+    follow_predecessor(PDL)
     row_tiles = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0)
     for i in tl.static_range(len(LEVEL)):
@@ -118,13 +120,14 @@ class Conv(NamedTuple):
     padding: tuple[int, int] = (0, 0)
 
 
-def spatial(convs: Sequence[Conv], out: Tensor, mask: Tensor | None) -> None:
+def spatial(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, *, tiles: configs.Tiles | None = None) -> None:
     """Launch level 1 on ``out``'s device and current stream.
 
     Args:
         convs: convolutions whose inputs share ``[N, :, H, W]`` and whose outputs share ``[N, :, OUT_H, OUT_W]``.
         out: ``[N, C, OUT_H, OUT_W]``, contiguous in either memory format; channels no convolution owns are left alone.
         mask: ``[N*OUT_H*OUT_W, bytes]`` uint8, the packed ReLU mask of ``out``; None skips it.
+        tiles: in place of those that ``configs`` chooses, by the convolution with the most products.
 
     All floating tensors share one dtype. Checked by the caller, but for:
 
@@ -134,12 +137,16 @@ def spatial(convs: Sequence[Conv], out: Tensor, mask: Tensor | None) -> None:
     n, _, height, width = convs[0].x.shape
     out_height, out_width = out.shape[2:]
     rows = n * out_height * out_width
-    level, tiles = [], 0
+    gpu = target.gpu(out.device)
+    if tiles is None:
+        largest = max((conv.weight.shape for conv in convs), key=torch.Size.numel)
+        tiles = configs.choose("spatial", rows, largest[1:].numel(), largest[0], out.dtype, gpu)
+    level, programs = [], 0
     for conv in convs:
         out_channels, in_channels, kernel_h, kernel_w = conv.weight.shape
         if kernel_h * kernel_w > 31:
             raise ValueError(f"a convolution of at most 31 taps was expected, got {kernel_h}x{kernel_w}")
-        config = configs.spatial(out_channels, out.dtype)
+        block_n = configs.narrow(tiles.block_n, out_channels)
         packed = conv.weight.is_contiguous(memory_format=torch.channels_last)
         level.append(
             Geometry(
@@ -149,14 +156,14 @@ def spatial(convs: Sequence[Conv], out: Tensor, mask: Tensor | None) -> None:
                 kernel_w,
                 *conv.stride,
                 *conv.padding,
-                config.block_n,
+                block_n,
                 packed,
             )
         )
-        tiles += configs.tiles(rows, config.block_m) * configs.tiles(out_channels, config.block_n)
+        programs += configs.tiles(rows, tiles.block_m) * configs.tiles(out_channels, block_n)
     save = mask is not None
     with target.device_of(out):
-        _spatial_kernel[(tiles,)](
+        _spatial_kernel[(programs,)](
             tuple(conv.x for conv in convs),
             tuple(conv.weight for conv in convs),
             tuple(conv.bias for conv in convs),
@@ -167,6 +174,5 @@ def spatial(convs: Sequence[Conv], out: Tensor, mask: Tensor | None) -> None:
             *out_strides(out), mask.stride(0) if mask is not None else 0,
             LEVEL=tuple(tuple(geometry) for geometry in level),
             PRECISION=target.input_precision(out.dtype), SAVE=save,
-            BLOCK_M=config.block_m, BLOCK_K=config.block_k,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            BLOCK_M=tiles.block_m, BLOCK_K=tiles.block_k, **tiles.options(gpu),
         )  # fmt: skip

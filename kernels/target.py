@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 
@@ -58,6 +59,29 @@ def max_asm(x: torch.Tensor) -> str | None:
 @functools.cache
 def _runs_max_asm(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+class Gpu(NamedTuple):
+    """What tile sizes depend on; two alike are equal."""
+
+    name: str  # the product's
+    chip: str  # sm_90, gfx942, ...; "cpu" under the interpreter
+
+    @property
+    def runs_pdl(self) -> bool:
+        """Tell whether a launch may start before the one in front of it has ended."""
+        return self.chip.startswith("sm_") and int(self.chip[3:]) >= 90
+
+
+@functools.cache
+def gpu(device: torch.device) -> Gpu:
+    """Describe a device that kernels run on."""
+    if device.type != "cuda":
+        return Gpu("cpu", "cpu")
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Gpu(properties.name, properties.gcnArchName.partition(":")[0])
+    return Gpu(properties.name, f"sm_{properties.major}{properties.minor}")
 
 
 def device_of(x: torch.Tensor) -> AbstractContextManager[None]:

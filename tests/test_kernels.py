@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import mmap
 from typing import Any
 
@@ -97,6 +98,7 @@ class Entry:
         save: bool = True,
         weight: float | None = None,
         seed: int = 0,
+        **options: Any,
     ) -> None:
         self.memory = memory = Memory(seed)
         n, k, h, w = x.shape
@@ -116,7 +118,7 @@ class Entry:
         self.c1, self.c4 = c1, c4
         entry(
             self.x, self.weights[:3], self.biases[:3], self.weights[3], self.biases[3], self.out, c1 + 2,
-            self.denses, self.mask if save else None, self.start,
+            self.denses, self.mask if save else None, self.start, **options,
         )  # fmt: skip
 
     def results(self) -> list[Tensor]:
@@ -232,6 +234,34 @@ def test_half_precision_sums_beyond_its_range():
     assert bool(Entry(x.abs(), weight=1.0).results()[0].isposinf().all())
 
 
+SMALL = configs.Tiles(32, 16, 16, num_warps=4, num_stages=2, pool=(16, 32, 16))
+
+
+@pytest.mark.parametrize("options", [{}, {"interleaved": False}, {"launch_pdl": True}])
+def test_entry_with_other_tiles(options):
+    """Several row and column tiles of both parts, of sizes that are not each other's."""
+    Entry(normal(3, 19, 4, 7), (17, 20, 3, 35), tiles=dataclasses.replace(SMALL, **options)).check()
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("part", ["gemm", "pool"])
+def test_one_part_of_the_entry_alone(part, interleaved):
+    case = Entry(
+        normal(3, 19, 4, 7), (17, 20, 3, 35), tiles=dataclasses.replace(SMALL, interleaved=interleaved), part=part
+    )
+    case.memory.assert_untouched()
+    results = list(zip(case.results(), case.expected(torch.float32), case.expected(torch.float64), strict=True))
+    for triple in results[:3] if part == "gemm" else results[3:]:
+        assert_2x(*triple)
+    for untouched, *_ in results[3:] if part == "gemm" else results[:3]:
+        assert bool(untouched.isnan().all())
+
+
+def test_an_unknown_part_is_refused():
+    with pytest.raises(ValueError, match="part must be None, 'gemm' or 'pool', got 'pooled'"):
+        Entry(normal(1, 1, 1, 1), (1, 1, 1, 1), part="pooled")
+
+
 # Level 1
 
 
@@ -250,6 +280,7 @@ class Spatial:
         weight_format: torch.memory_format = torch.channels_last,
         save: bool = True,
         special: float | None = None,
+        **options: Any,
     ) -> None:
         self.memory = memory = Memory()
         self.convs, column, byte = [], 1, 1  # a channel and a byte before, between and after belong to others
@@ -268,7 +299,7 @@ class Spatial:
         self.out = memory.empty((n, column, *size), dtype, out_format)
         self.mask = memory.empty((n * size.numel(), byte), torch.uint8, torch.contiguous_format)
         self.save = save
-        spatial(self.convs, self.out, self.mask if save else None)
+        spatial(self.convs, self.out, self.mask if save else None, **options)
 
     def expected(self, dtype: torch.dtype) -> list[Tensor]:
         return [
@@ -311,6 +342,12 @@ SAME3, SAME5 = ((3, 3), (1, 1), (1, 1)), ((5, 5), (1, 1), (2, 2))
 def test_spatial(dtype, size, channels):
     c, o, d, p = channels
     Spatial(*size, [(c, o, *SAME3), (d, p, *SAME5)], dtype).check()
+
+
+@pytest.mark.parametrize("launch_pdl", [True, False])
+def test_spatial_with_other_tiles(launch_pdl):
+    tiles = configs.Tiles(16, 64, 32, num_warps=4, num_stages=2, launch_pdl=launch_pdl)
+    Spatial(3, 4, 7, [(5, 130, *SAME3), (3, 33, *SAME5)], tiles=tiles).check()
 
 
 @pytest.mark.parametrize("save", [True, False])
@@ -456,6 +493,12 @@ def test_each_program_computes_one_tile(monkeypatch):
     # For each row tile two GEMM tiles, each storing to four places, and two column tiles of the pooled branch.
     assert sorted(written) == list(range(3 * (2 + 2)))
     assert all(any(stores) for stores in written.values())
+    # The same, all GEMM tiles first: these store to four places, those of the pooled branch to two.
+    for tiles, order in (({}, [True, True, False, False] * 3), ({"interleaved": False}, [True] * 6 + [False] * 6)):
+        written.clear()
+        tiles = dataclasses.replace(configs.DEFAULTS["entry"](torch.float32, "cpu"), **tiles)
+        Entry(normal(3, 15, 9, 11), (70, 50, 20, 65), tiles=tiles)
+        assert [len(written[program]) > 2 for program in range(12)] == order
 
 
 @needs_interpreter
@@ -594,35 +637,3 @@ def test_two_launches_and_no_other_work(monkeypatch, grad, weight_format):
     compute = [name for name in operators.names if name not in views | allocations]
     assert compute == ["fastinception::triton_forward"]
     assert sum(name in allocations for name in operators.names) <= 7
-
-
-# Tiles
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"block_m": 48}, "block_m must be a power of two"),
-        ({"block_n": 8}, "block_n must be a power of two of at least 16"),
-        ({"block_k": 0}, "block_k must be a power of two"),
-        ({"num_warps": 3}, "num_warps must be"),
-        ({"num_stages": 0}, "num_stages at least 1"),
-    ],
-)
-def test_bad_tiles_are_refused(change, message):
-    tiles = {"block_m": 64, "block_n": 64, "block_k": 32, "num_warps": 4, "num_stages": 2}
-    configs.Tiles(**tiles)
-    with pytest.raises(ValueError, match=message):
-        configs.Tiles(**{**tiles, **change})
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
-def test_tiles_of_one_launch_fit_together(dtype):
-    for columns in (1, 15, 16, 17, 100, 1024):
-        gemm, pool, spatial_ = configs.gemm(columns, dtype), configs.pool(dtype), configs.spatial(columns, dtype)
-        assert gemm.block_m % pool.block_m == 0
-        assert gemm.block_k % pool.block_k == 0
-        # The launch has one of each for all its convolutions.
-        widest = configs.spatial(1024, dtype)
-        for name in ("block_m", "block_k", "num_warps", "num_stages"):
-            assert getattr(spatial_, name) == getattr(widest, name)

@@ -1,0 +1,233 @@
+"""Tiles: what is refused, what a GPU's table gives, and what the launchers make of it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastinception.kernels import configs, target
+
+H100 = target.Gpu("NVIDIA H100 80GB HBM3", "sm_90")
+NAME = "nvidia-h100-80gb-hbm3.json"
+TILES = {"block_m": 64, "block_n": 64, "block_k": 32, "num_warps": 4, "num_stages": 2}
+CONDITIONS = dict.fromkeys(configs.CONDITIONS, "") | {"device": H100.name}
+
+
+def entry(
+    kernel: str = "spatial", dtype: str = "bfloat16", shape: tuple[int, int, int] = (1000, 100, 64), **tiles: Any
+):
+    rows, reduction, columns = shape
+    return {
+        "kernel": kernel, "dtype": dtype, "rows": rows, "reduction": reduction, "columns": columns,
+        "tiles": TILES | tiles,
+    }  # fmt: skip
+
+
+def write(folder: Path, *entries: dict[str, Any], name: str = NAME) -> Path:
+    (folder / name).write_text(json.dumps({"conditions": CONDITIONS, "entries": entries}))
+    return folder / name
+
+
+@pytest.fixture(autouse=True)
+def tuned(monkeypatch, tmp_path):
+    """Use an empty folder of tables, and forget it afterwards."""
+    monkeypatch.setattr(configs, "TUNED", tmp_path)
+    monkeypatch.setattr(configs, "_warned", set())
+    configs.choose.cache_clear()
+    yield tmp_path
+    configs.choose.cache_clear()
+    configs._read_once.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_m": 48}, "block_m must be a power of two"),
+        ({"block_n": 8}, "block_n must be a power of two of at least 16"),
+        ({"block_k": 0}, "block_k must be a power of two"),
+        ({"block_k": 32.0}, "block_k must be a power of two"),
+        ({"num_warps": 3}, "num_warps must be"),
+        ({"num_stages": 0}, "num_stages at least 1"),
+        ({"num_stages": True}, "num_stages at least 1"),
+        ({"pool": (128, 64, 32)}, "pool's block_m must divide block_m, got 128 and 64"),
+        ({"pool": (32, 64, 8)}, "pool's block_k must be a power of two"),
+        ({"pool": (32, 64)}, "shorter"),
+        ({"launch_pdl": 1}, "launch_pdl must be True or False, got 1"),
+        ({"library": "yes"}, "library must be True or False"),
+        ({"interleaved": None}, "interleaved must be True or False"),
+    ],
+)
+def test_bad_tiles_are_refused(change, message):
+    configs.Tiles(**TILES)
+    with pytest.raises(ValueError, match=message):
+        configs.Tiles(**TILES | change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("chip", ["cpu", "sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
+def test_defaults(dtype, chip):
+    for kernel in configs.DEFAULTS:
+        for columns in (1, 15, 16, 17, 100, 1024):
+            tiles = configs.choose(kernel, 100, 64, columns, dtype, target.Gpu("", chip))
+            assert tiles.block_k * dtype.itemsize == 128
+            assert min(columns, 128) <= max(tiles.block_n, 16) < max(2 * columns, 17)
+            assert (tiles.pool is not None) is (kernel == "entry")
+            assert tiles.num_stages == (4 if chip == "sm_80" else 3)
+            assert not tiles.launch_pdl
+            assert not tiles.library
+            assert tiles.interleaved
+
+
+def test_only_what_can_be_launched_early_is(tuned):
+    tiles = configs.Tiles(**TILES, launch_pdl=True)
+    size = {"num_warps": 4, "num_stages": 2}
+    for chip in ("sm_90", "sm_100", "sm_120"):
+        assert tiles.options(target.Gpu("", chip)) == size | {"PDL": True, "launch_pdl": True}
+        assert configs.Tiles(**TILES).options(target.Gpu("", chip)) == size | {"PDL": False}
+    for chip in ("sm_75", "sm_80", "sm_89", "gfx942", "cpu"):
+        assert tiles.options(target.Gpu("", chip)) == size | {"PDL": False}
+
+
+def test_the_nearest_shape_by_its_logarithms(tuned):
+    write(
+        tuned,
+        entry(shape=(1000, 100, 64), num_stages=1),
+        entry(shape=(100000, 100, 64), num_stages=2),
+        entry(shape=(1000, 1600, 64), num_stages=3),
+        entry(shape=(1000, 100, 512), num_stages=4, block_n=128),
+        entry(shape=(5000, 300, 128), dtype="float16", num_stages=5),
+        entry("entry", shape=(5000, 300, 128), num_stages=6, pool=[16, 32, 16], interleaved=False),
+    )
+
+    def stages(*shape: int) -> int:
+        return configs.choose("spatial", *shape, torch.bfloat16, H100).num_stages
+
+    assert stages(1000, 100, 64) == 1
+    # By differences the first would be nearer than the second.
+    assert stages(20000, 100, 64) == 2
+    assert stages(9000, 100, 64) == 1
+    assert stages(1000, 500, 64) == 3
+    assert stages(1000, 100, 200) == 4
+    # Another dtype and another kernel are the exact shape's, and do not count.
+    assert stages(5000, 300, 128) in (1, 2, 3, 4)
+    other = configs.choose("entry", 1, 1, 1024, torch.bfloat16, H100)
+    assert other == configs.Tiles(64, 64, 32, 4, 6, pool=(16, 32, 16), interleaved=False)
+    # A tile that is far wider than the channels is narrowed.
+    assert configs.choose("spatial", 1000, 100, 300, torch.bfloat16, H100).block_n == 128
+    assert configs.choose("spatial", 2000, 100, 20, torch.bfloat16, H100).block_n == 32
+
+
+def test_a_table_is_read_once(tuned):
+    path = write(tuned, entry(num_stages=5))
+    first = configs.choose("spatial", 1, 1, 1, torch.bfloat16, H100)
+    path.unlink()
+    assert configs.choose("spatial", 1, 1, 1, torch.bfloat16, H100) is first
+    assert configs.choose("spatial", 2, 2, 2, torch.bfloat16, H100).num_stages == 5
+
+
+def test_one_warning_where_a_table_has_nothing(tuned):
+    path = write(tuned, entry())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chosen = configs.choose("entry", 100, 64, 128, torch.bfloat16, H100)
+        configs.choose("spatial", 100, 64, 128, torch.float32, H100)
+        configs.choose("entry", 200, 64, 128, torch.bfloat16, H100)
+    assert len(caught) == 1
+    assert f"{path} has no entry for entry in torch.bfloat16" in str(caught[0].message)
+    assert chosen == configs.DEFAULTS["entry"](torch.bfloat16, "sm_90")
+
+
+def test_no_warning_without_a_table(tuned):
+    write(tuned, entry())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chosen = configs.choose("spatial", 1, 1, 1024, torch.bfloat16, target.Gpu("NVIDIA H200", "sm_90"))
+    assert chosen == configs.DEFAULTS["spatial"](torch.bfloat16, "sm_90")
+
+
+GOOD = {"conditions": CONDITIONS, "entries": [entry()]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "Expecting value"),
+        ("[1, 2", "Expecting"),
+        ("[]", "conditions and entries were expected"),
+        ("3", "not iterable"),
+        ('{"conditions": {}, "entries": NaN}', "NaN is not JSON"),
+        (GOOD | {"more": 1}, "conditions and entries were expected, got conditions, entries, more"),
+        (GOOD | {"conditions": {"device": H100.name}}, "conditions lack driver, torch, triton, commit, date"),
+        (GOOD | {"conditions": CONDITIONS | {"device": "NVIDIA A100"}}, "measured on 'NVIDIA A100'"),
+        (GOOD | {"conditions": CONDITIONS | {"device": None}}, "lower"),
+        (GOOD | {"entries": 3}, "not iterable"),
+        (GOOD | {"entries": ["spatial"]}, "must be a mapping"),
+        (GOOD | {"entries": [entry("conv")]}, "kernel must be one of entry, spatial.*, got 'conv'"),
+        (GOOD | {"entries": [entry(dtype="bf16")]}, "dtype must be the name of a torch.dtype, got 'bf16'"),
+        (GOOD | {"entries": [entry(shape=(0, 1, 1))]}, "rows must be a positive int, got 0"),
+        (GOOD | {"entries": [entry(shape=(1, 1.5, 1))]}, "reduction must be a positive int, got 1.5"),
+        (GOOD | {"entries": [entry(shape=(1, 1, True))]}, "columns must be a positive int, got True"),
+        (GOOD | {"entries": [entry(block_m=48)]}, "block_m must be a power of two"),
+        (GOOD | {"entries": [entry(block_q=64)]}, "block_q"),
+        (GOOD | {"entries": [entry("entry")]}, "entry needs pool"),
+        (GOOD | {"entries": [entry() | {"tiles": [1]}]}, "list"),
+        (GOOD | {"entries": [{"kernel": "spatial"}]}, "missing 5 required"),
+    ],
+)
+def test_a_damaged_or_foreign_table_is_named(tuned, content, message):
+    (tuned / NAME).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=message) as refused:
+        configs.choose("spatial", 1, 1, 1, torch.bfloat16, H100)
+    assert str(tuned / NAME) in str(refused.value)
+    assert "not a table of tuned tiles" in str(refused.value)
+
+
+def test_an_unreadable_table_is_named(tuned):
+    (tuned / NAME).write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=f"{NAME} is not a table of tuned tiles"):
+        configs.choose("spatial", 1, 1, 1, torch.bfloat16, H100)
+
+
+def test_shipped_tables_are_tables():
+    for path in Path(configs.__file__).with_name("tuned").glob("*.json"):
+        assert configs.read_table(path)
+
+
+class Recorder:
+    """Stand in for a kernel and keep the keywords of its launch."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **kwargs: self.__dict__.update(kwargs, grid=grid)
+
+
+@pytest.mark.skipif(not target.interpreted(), reason="looks at a launch without a device")
+def test_launchers_follow_the_table_and_their_keyword(tuned, monkeypatch):
+    from fastinception.kernels import entry as entry_module
+    from fastinception.kernels import spatial as spatial_module
+
+    conditions = CONDITIONS | {"device": "cpu"}
+    two = [entry("entry", "float32", block_m=32, pool=[16, 32, 16]), entry(dtype="float32", block_k=64)]
+    (tuned / "cpu.json").write_text(json.dumps({"conditions": conditions, "entries": two}))
+    kernels = {"entry": Recorder(), "spatial": Recorder()}
+    monkeypatch.setattr(entry_module, "_entry_kernel", kernels["entry"])
+    monkeypatch.setattr(spatial_module, "_spatial_kernel", kernels["spatial"])
+    x = torch.empty(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
+    w1, w3 = torch.empty(100, 8, 1, 1), torch.empty(40, 8, 3, 3)
+    out, bias = torch.empty(2, 200, 5, 5), torch.empty(100)
+
+    def launch(**options: Any) -> None:
+        entry_module.entry(x, (w1,), (bias,), w1, bias, out, 100, (), None, 0, **options)
+        spatial_module.spatial([spatial_module.Conv(x, w3, bias[:40], 0, padding=(1, 1))], out, None, **options)
+
+    launch()
+    # 50 rows: two tiles, each with two columns of the GEMM and two times four of the pooled branch.
+    assert (kernels["entry"].BLOCK_M, kernels["entry"].POOL_M, kernels["entry"].grid) == (32, 16, (2 * (2 + 2 * 4),))
+    assert (kernels["spatial"].BLOCK_M, kernels["spatial"].BLOCK_K, kernels["spatial"].grid) == (64, 64, (1,))
+    launch(tiles=configs.Tiles(16, 16, 16, 1, 1, pool=(16, 16, 16)))
+    assert (kernels["entry"].BLOCK_M, kernels["entry"].num_warps, kernels["entry"].grid) == (16, 1, (4 * (7 + 7),))
+    assert (kernels["spatial"].BLOCK_K, kernels["spatial"].grid) == (16, (4 * 3,))
