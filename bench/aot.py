@@ -23,7 +23,17 @@ from triton.compiler import ASTSource, CompiledKernel
 from bench import sass
 from fastinception import ops
 from fastinception.googlenet import WIDTHS, Widths
-from fastinception.kernels import entry, spatial, target
+from fastinception.kernels import (
+    block,
+    configs,
+    data_gradient,
+    entry,
+    entry_gradient,
+    spatial,
+    split,
+    target,
+    weight_gradient,
+)
 
 
 class Chip(NamedTuple):
@@ -45,6 +55,17 @@ CHIPS = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "u8"}
 _DIVISIBLE = [["tt.divisibility", 16]]
+# In the order of their launches.
+KERNELS = {
+    "entry": entry,
+    "spatial": spatial,
+    "split": split,
+    "data_gradient": data_gradient,
+    "pool_gradient": entry_gradient,
+    "entry_gradient": entry_gradient,
+    "weight_gradient": weight_gradient,
+    "sum": weight_gradient,
+}
 
 
 class Case(NamedTuple):
@@ -82,9 +103,10 @@ class _Recorder:
 def launches(
     chip: str, widths: Widths, dtype: torch.dtype, save: bool, batch: int = 128, size: int = 14
 ) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """Return for each kernel its JIT function and the arguments with which one block's forward launches it on ``chip``.
+    """Return for each kernel its JIT function and the arguments with which one block launches it on ``chip``.
 
-    On meta tensors, for a channels_last input and weights as the module creates them.
+    With ``save`` as in a training step, backward included; else the forward's two alone. On meta tensors, for a
+    channels_last input and weights as the module creates them.
     """
     x = torch.empty((batch, widths.in_channels, size, size), dtype=dtype, device="meta")
     x = x.contiguous(memory_format=torch.channels_last)
@@ -95,19 +117,19 @@ def launches(
         weight = torch.empty((out_channels, in_channels, kernel, kernel), dtype=dtype, device="meta")
         bias = torch.empty((out_channels,), dtype=dtype, device="meta")
         params += [weight.contiguous(memory_format=torch.channels_last), bias]
-    modules = {"entry": entry, "spatial": spatial}
-    functions = {name: getattr(module, f"_{name}_kernel") for name, module in modules.items()}
-    recorders = {name: _Recorder() for name in modules}
+    names = list(KERNELS) if save else ["entry", "spatial"]
+    functions = {name: getattr(KERNELS[name], f"_{name}_kernel") for name in names}
+    recorders = {name: _Recorder() for name in names}
     with contextlib.ExitStack() as patched:
-        for name, module in modules.items():
-            patched.enter_context(mock.patch.object(module, f"_{name}_kernel", recorders[name]))
+        for name in names:
+            patched.enter_context(mock.patch.object(KERNELS[name], f"_{name}_kernel", recorders[name]))
         # What the launcher would read off a device.
-        asm = target.MAX_ASM.get(dtype) if chip.startswith("sm_") else None
-        patched.enter_context(mock.patch.object(target, "max_asm", return_value=asm))
         patched.enter_context(mock.patch.object(target, "gpu", return_value=target.Gpu(chip, chip)))
-        out, r2, r3, mask = ops._empty_triton_outputs(x, params, save)
-        ops._launch(x, params, out, r2, r3, mask if save else None)
-    return {name: (functions[name], recorders[name].args, recorders[name].kwargs) for name in modules}
+        out, saved = ops.empty_output(x, params), block.empty_saved(x, params, save)
+        block.forward(x, params, out, saved, save)
+        if save:
+            block.backward(torch.empty_like(out), x, params, saved, [torch.empty_like(t) for t in (x, *params)])
+    return {name: (functions[name], recorders[name].args, recorders[name].kwargs) for name in names}
 
 
 def compile_launch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], chip: str) -> CompiledKernel:
@@ -119,7 +141,7 @@ def compile_launch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     signature = {}
 
     def describe(value: Any, path: tuple[int, ...]) -> Any:
-        if path[0] >= len(args) or (isinstance(value, int) and value == 1):
+        if path[0] >= len(args) or value is None or (isinstance(value, int) and value == 1):
             constexprs[path] = value
             return "constexpr"
         if isinstance(value, tuple):
@@ -139,29 +161,47 @@ def compile_launch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     return triton.compile(source, target=gpu, options=options)
 
 
-def parts(kernel: str, channels: int, constants: dict[str, Any]) -> list[Part]:
-    """Return the products that a launch's constants ask for."""
-    depth = constants["BLOCK_K"]
-    if kernel == "spatial":
+def parts(kernel: str, args: tuple[Any, ...], constants: dict[str, Any]) -> list[Part]:
+    """Return the products that a launch's arguments ask for."""
+    if kernel in ("split", "pool_gradient", "sum"):
+        return []
+    rows, depth = constants["BLOCK_M"], constants["BLOCK_K"]
+    if kernel in ("spatial", "data_gradient"):
+        narrow = 10 if kernel == "spatial" else 6  # where a convolution's constants have its tile's width
         return [
             Part(
                 f"{kernel_h}x{kernel_w}",
-                (constants["BLOCK_M"], columns, depth),
-                triton.cdiv(kernel_h * kernel_w * c, depth) * triton.cdiv(o, columns),
+                (rows, constant[narrow], depth),
+                configs.tiles(kernel_h * kernel_w * c, depth) * configs.tiles(o, constant[narrow]),
             )
-            for c, o, kernel_h, kernel_w, *_, columns, _ in constants["LEVEL"]
+            for constant in constants["LEVEL"]
+            for c, o, kernel_h, kernel_w in [constant[:4]]
         ]
-    gemm = (constants["BLOCK_M"], constants["BLOCK_N"], depth)
+    tile = (rows, constants["BLOCK_N"], depth)
+    if kernel == "weight_gradient":
+        return [
+            Part(
+                f"{kernel_h}x{kernel_w} {o}",
+                tile,
+                configs.tiles(o, tile[0]) * configs.tiles(c * kernel_h * kernel_w, tile[1]),
+            )
+            for o, c, kernel_h, kernel_w in constants["LEVEL"]
+        ]
+    if kernel == "entry_gradient":
+        _, _, out, *_ = args
+        steps = configs.tiles(sum(constants["WIDTHS"]), depth) * configs.tiles(out.shape[1], tile[1])
+        return [Part("gemm", tile, steps)]
     pool = (constants["POOL_M"], constants["POOL_N"], constants["POOL_K"])
-    pool_tiles = gemm[0] // pool[0] * triton.cdiv(constants["POOL_WIDTH"], pool[1])
+    channels = args[0].shape[1]
+    pool_tiles = tile[0] // pool[0] * configs.tiles(constants["POOL_WIDTH"], pool[1])
     return [
-        Part("gemm", gemm, triton.cdiv(channels, depth) * constants["GEMM_TILES"]),
-        Part("pool", pool, triton.cdiv(channels, pool[2]) * pool_tiles, pipelined=False),
+        Part("gemm", tile, configs.tiles(channels, depth) * constants["GEMM_TILES"]),
+        Part("pool", pool, configs.tiles(channels, pool[2]) * pool_tiles, pipelined=False),
     ]
 
 
 def measure(case: Case) -> list[dict[str, Any]]:
-    """Compile both kernels of a case; return for each what the machine code uses, ready for JSON."""
+    """Compile the kernels of a case; return for each what the machine code uses, ready for JSON."""
     dtype = DTYPES[case.dtype]
     rows = []
     for name, launch in launches(case.chip, WIDTHS[case.block], dtype, case.mode == "train").items():
@@ -171,7 +211,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
             row |= _read_amd(kernel.asm["amdgcn"])
         else:
             rate = CHIPS[case.chip].fma // (2 if dtype is torch.float32 else 1)
-            expected = parts(name, WIDTHS[case.block].in_channels, launch[2])
+            expected = parts(name, *launch[1:])
             row |= _read_nvidia(kernel.asm["cubin"], kernel.metadata.num_warps, expected, rate)
         rows.append(row)
     return rows
@@ -219,6 +259,8 @@ def _read_nvidia(cubin: bytes, warps: int, expected: list[Part], rate: int) -> d
     }
     if len(loops) != len(expected):  # unrolled, or several for one product: nothing to attribute
         return row | {"loops": {}, "launch_pressure": None}
+    if not expected:
+        return row
     described = {}
     for part in expected:  # the compiler may swap the branches of a kernel
 

@@ -8,9 +8,8 @@ The floor of a block is the longer of its multiply-adds at the tensor cores' rat
 each pass reads its inputs and weights once and writes its results once. (The forward reads x and writes the output; in
 training the backward reads the output's gradient and x, and writes x's gradient and the weights'.)
 
-The plan is what this project's design moves, launch by launch: the forward in two, and in training a backward in five.
-The forward's two launches are those of kernels/; its training extras and the backward are the design, which the code
-follows by library calls. What a cache may serve is not in it: every launch reads its operands from memory once.
+The plan is what the launches of kernels/ move: the forward's two, and in training the backward's six. What a cache may
+serve is not in it: every launch reads its operands from memory once. Of the partial sums of a weight one is counted.
 """
 
 from __future__ import annotations
@@ -77,10 +76,11 @@ def _block(widths: Widths, rows: int, size: int, train: bool) -> Work:
     plan["spatial"] += bits(c2, c3)
     plan |= {
         "split": size * rows * 2 * out + bits(c1, c2, c3, c4),
-        "data gradients": size * (rows * (c2 + c3 + 2 * (r2 + r3) + c4 + k) + spatial + projection),
-        "x's gradient": size * (rows * (c1 + r2 + r3 + 2 * k) + entry) + rows * k,
-        "weight gradients": size * rows * (2 * k + c1 + c4 + 2 * (r2 + r3) + c2 + c3) + 4 * weights,
-        "reduce": (4 + size) * weights,
+        "data_gradient": size * (rows * (c2 + c3 + 2 * (r2 + r3) + c4 + k) + spatial + projection),
+        "pool_gradient": size * rows * 2 * k + rows * k,
+        "entry_gradient": size * (rows * (c1 + r2 + r3 + 2 * k) + entry),
+        "weight_gradient": size * rows * (2 * k + c1 + c4 + 2 * (r2 + r3) + c2 + c3) + 4 * weights,
+        "sum": (4 + size) * weights,
     }
     return Work(3 * flops, floor + size * (rows * (out + 2 * k) + 2 * weights), plan)
 

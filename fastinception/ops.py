@@ -39,14 +39,6 @@ def _widths(params: Sequence[Tensor]) -> tuple[int, int, int, int]:
     return params[0].shape[0], params[4].shape[0], params[8].shape[0], params[10].shape[0]
 
 
-def _mask_columns(params: Sequence[Tensor]) -> list[int]:
-    """Return the byte at which each branch starts in a row of the packed ReLU mask, and the bytes of a row."""
-    columns = [0]
-    for width in _widths(params):
-        columns.append(columns[-1] + (width + 7) // 8)
-    return columns
-
-
 def output_shape(x: Tensor, params: Sequence[Tensor]) -> tuple[int, int, int, int]:
     """Return the shape of the block's output, ``[N, c1 + c2[1] + c3[1] + c4, H, W]``."""
     return x.shape[0], sum(_widths(params)), x.shape[2], x.shape[3]
@@ -66,44 +58,10 @@ def _empty_aten_outputs(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ..
 
 
 def _empty_triton_outputs(x: Tensor, params: Sequence[Tensor], save: bool) -> tuple[Tensor, ...]:
-    """Allocate out, r2, r3 and mask: what ``triton_forward`` returns.
+    """Allocate what ``triton_forward`` returns, see :class:`fastinception.kernels.block.Saved`."""
+    from fastinception.kernels import block  # needs Triton, which this module does not
 
-    The mask says where the output's ReLU passes a gradient, apart from the output, which its owner may change in
-    place: bits ``[N*H*W, bytes]``, set where it passes; empty without ``save``.
-    """
-    n, _, height, width = x.shape
-    r2 = _dense(x, (n, params[2].shape[0], height, width), torch.channels_last)
-    r3 = _dense(x, (n, params[6].shape[0], height, width), torch.channels_last)
-    shape = (n * height * width, _mask_columns(params)[-1]) if save else (0,)
-    return empty_output(x, params), r2, r3, torch.empty(shape, dtype=torch.uint8, device=x.device)
-
-
-def _as_kernel_operand(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` with rows the kernels can walk: itself but for expanded, permuted or sliced parameters."""
-    if tensor.is_contiguous():
-        return tensor
-    if tensor.dim() == 4 and tensor.shape[2:] != (1, 1):
-        return tensor.contiguous(memory_format=torch.channels_last)
-    return tensor.contiguous()
-
-
-def _launch(x: Tensor, params: Sequence[Tensor], out: Tensor, r2: Tensor, r3: Tensor, mask: Tensor | None) -> None:
-    """Compute the block in two launches, level by level."""
-    from fastinception.kernels.entry import entry  # needs Triton, which this module does not
-    from fastinception.kernels.spatial import Conv, spatial
-
-    w1, b1, w21, b21, w22, b22, w31, b31, w32, b32, w42, b42 = map(_as_kernel_operand, params)
-    c1, c2, c3, _ = _widths(params)
-    _, mask2, mask3, mask4, _ = _mask_columns(params)
-    x = x.contiguous(memory_format=torch.channels_last)
-    if x.numel() == 0:
-        return
-    entry(x, (w1, w21, w31), (b1, b21, b31), w42, b42, out, c1 + c2 + c3, (r2, r3), mask, mask4)
-    level = [
-        Conv(r2, w22, b22, column=c1, mask_column=mask2, padding=(1, 1)),
-        Conv(r3, w32, b32, column=c1 + c2, mask_column=mask3, padding=(2, 2)),
-    ]
-    spatial(level, out, mask)
+    return empty_output(x, params), *block.empty_saved(x, params, save)
 
 
 torch.library.define(
@@ -114,7 +72,7 @@ torch.library.define(
 )
 torch.library.define(
     "fastinception::triton_forward",
-    f"(Tensor x, {_PARAMS}, bool save) -> (Tensor out, Tensor r2, Tensor r3, Tensor mask)",
+    f"(Tensor x, {_PARAMS}, bool save) -> (Tensor out, Tensor r2, Tensor r3, Tensor mask, Tensor pooled, Tensor codes)",
     tags=_TAGS,
 )
 
@@ -128,10 +86,12 @@ def _aten_forward(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
 
 @torch.library.impl("fastinception::triton_forward", "default")
 def _triton_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    from fastinception.kernels import block
+
     *params, save = args
-    out, r2, r3, mask = _empty_triton_outputs(x, params, save)
-    _launch(x, params, out, r2, r3, mask if save else None)
-    return out, r2, r3, mask
+    out, *saved = _empty_triton_outputs(x, params, save)
+    block.forward(x, params, out, block.Saved(*saved), save)
+    return out, *saved
 
 
 def _channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -171,8 +131,9 @@ def _inception_out(x: Tensor, *args: Any) -> None:
     if backend == "aten":
         aten.forward(x, params, out)
     else:
-        _, r2, r3, _ = _empty_triton_outputs(x, params, save=False)
-        _launch(x, params, out, r2, r3, None)
+        from fastinception.kernels import block
+
+        block.forward(x, params, out, block.empty_saved(x, params, save=False), save=False)
 
 
 def check_overlap(out: Tensor, inputs: Sequence[Tensor]) -> None:
@@ -204,7 +165,8 @@ torch.library.define(
 )
 torch.library.define(
     "fastinception::triton_backward",
-    f"(Tensor grad_out, Tensor x, {_PARAMS}, Tensor r2, Tensor r3, Tensor mask, bool[] needs) -> ({_GRADIENTS})",
+    f"(Tensor grad_out, Tensor x, {_PARAMS}, Tensor r2, Tensor r3, Tensor mask, "
+    f"Tensor pooled, Tensor codes, bool[] needs) -> ({_GRADIENTS})",
     tags=_TAGS,
 )
 
@@ -244,20 +206,17 @@ def _aten_backward(grad_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...
 
 @torch.library.impl("fastinception::triton_backward", "default")
 def _triton_backward(grad_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *params, r2, r3, mask, needs = args
-    n, _, height, width = x.shape
-    widths, columns = _widths(params), _mask_columns(params)
-    grads_out = grad_out.split(widths, dim=1)
-    bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    from fastinception.kernels import block
 
-    def gradient(i: int, out: Tensor) -> Tensor:
-        passed = (mask[:, columns[i] : columns[i + 1], None] >> bits) & 1  # [N*H*W, bytes, 8]
-        passed = passed.flatten(1)[:, : widths[i]].reshape(n, height, width, widths[i]).permute(0, 3, 1, 2)
-        # A choice, never a product: an infinite gradient times a zero mask would be NaN.
-        return out.copy_(torch.where(passed != 0, grads_out[i], 0))
-
-    grads = aten.backward(gradient, x, params, r2, r3, None, needs)
-    return _all_gradients(grads, (x, *params))
+    *params, r2, r3, mask, pooled, codes, needs = args
+    inputs = (x, *params)
+    formats = [memory_format(x), *(torch.channels_last if t.dim() == 4 else torch.contiguous_format for t in params)]
+    grads = [
+        _dense(t, t.shape, format) if need else None for t, format, need in zip(inputs, formats, needs, strict=True)
+    ]
+    rows = x.contiguous(memory_format=torch.channels_last)
+    block.backward(grad_out, rows, params, block.Saved(r2, r3, mask, pooled, codes), grads)
+    return _all_gradients(grads, inputs)
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

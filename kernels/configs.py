@@ -83,16 +83,36 @@ def _level(dtype: torch.dtype, chip: str) -> Tiles:
 
 
 def _entry(dtype: torch.dtype, chip: str) -> Tiles:
-    # Half as deep as the GEMM's: nine shifted loads are live at once. 64 channels are the least that a Hopper
-    # tensor-core instruction takes.
-    return replace(_level(dtype, chip), pool=(128, 64, max(16, _block_k(dtype) // 2)))
+    # Half as deep as the GEMM's: nine shifted loads are live at once. As wide as the projection: a second column tile
+    # would pool the same pixels again.
+    return replace(_level(dtype, chip), pool=(128, 128, max(16, _block_k(dtype) // 2)))
 
 
 # By the kernel's name: the tiles where no table has any, for a dtype and a chip. A new kernel is one line here.
 DEFAULTS: dict[str, Callable[[torch.dtype, str], Tiles]] = {
     "entry": _entry,
     "spatial": _level,
+    "data_gradient": _level,
+    "entry_gradient": _level,
+    "weight_gradient": _level,
 }
+
+
+class Sweep(NamedTuple):
+    """Size of the piece that one program of a kernel without products passes over: pixels, channels, and how often."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    steps: int = 1
+
+
+# Memory decides their time, whatever the shape: 16 bytes a lane in two-byte types, and enough programs.
+SPLIT = Sweep(64, 64, num_warps=4, steps=4)
+POOL_GRADIENT = Sweep(32, 64, num_warps=4)
+SUM = Sweep(32, 128, num_warps=4)  # parts at a time, elements
+# Programs that the weight gradients are divided into: two for each SM of the largest GPUs.
+PROGRAMS = 264
 
 
 class Entry(NamedTuple):

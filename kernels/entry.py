@@ -69,30 +69,60 @@ def _gemm_tile(
 
 @triton.jit
 def _maximum(a, b, ASM: tl.constexpr):
-    """``max(a, b)``, NaN if either is: by ``ASM`` on pairs of 16-bit elements, by Triton's operator where it is None.
-
-    Declared impure: the compiler moves a pure one behind the change of layout that the product needs, which then goes
-    through shared memory for each of the nine loads (sm_80, and sm_90 with narrow tiles).
-    """
+    """``max(a, b)``, NaN if either is: by ``ASM`` on pairs of 16-bit elements, by Triton's operator if it is None."""
     if ASM is None:
         return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
     else:
-        return tl.inline_asm_elementwise(ASM, "=r,r,r", [a, b], dtype=a.dtype, is_pure=False, pack=2)
+        return tl.inline_asm_elementwise(ASM, "=r,r,r", [a, b], dtype=a.dtype, is_pure=True, pack=2)
+
+
+@triton.jit
+def _maximum_at(a, code_a, b, code_b, ASM: tl.constexpr):
+    """``max(a, b)`` and its code: of the first where they are equal, of the last NaN where there is one, as in ATen."""
+    if ASM is None:
+        take = (b > a) | (b != b)
+        return tl.where(take, b, a), tl.where(take, code_b, code_a)
+    else:
+        return tl.inline_asm_elementwise(
+            ASM, "=&r,=&r,r,r,r,r", [a, code_a, b, code_b], dtype=(a.dtype, tl.int16), is_pure=True, pack=2
+        )
 
 
 @triton.jit
 def _pool_step(
     acc, columns, x_ptr, w_rows, mask_n, pixel, up, down, left, right,
-    K, MASKED: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr,
+    pooled_ptr, codes_ptr, middle, inner, mask_saved,
+    K, MASKED: tl.constexpr, PTX: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """Add the product over ``columns`` of K to ``acc``; MASKED where some of them lie past its end."""
+    CODE: tl.constexpr = tl.int32 if MAX_ASM is None else tl.int16  # pairs fit a register, but for operators cost more
     mask_k = columns < K
     for tap in tl.static_range(9):
         dh = up if tap // 3 == 0 else (down if tap // 3 == 2 else 0)
         dw = left if tap % 3 == 0 else (right if tap % 3 == 2 else 0)
         x_tap = x_ptr + (pixel + dh + dw).to(tl.int64)[:, None] * K + columns[None, :]
         value = tl.load(x_tap, mask=mask_k[None, :], other=0.0) if MASKED else tl.load(x_tap)
-        pooled = value if tap == 0 else _maximum(pooled, value, MAX_ASM)  # noqa: F821  # set by tap 0
+        code = tl.full(value.shape, tap // 3 * 4 + tap // 6 * 4 + tap % 3 + tap % 3 // 2, CODE)
+        if tap == 0:
+            pooled = value
+            codes = code
+        elif SAVE:
+            pooled, codes = _maximum_at(pooled, codes, value, code, MAX_ASM)
+        else:
+            pooled = _maximum(pooled, value, MAX_ASM)
+    if PTX:
+        # Impure, so that the maxima stay in the layout of the loads. The compiler would move them behind the change of
+        # layout that the product needs: each of the nine loads would go through it, and each maximum be computed often.
+        REGISTER: tl.constexpr = 32 // pooled.dtype.primitive_bitwidth
+        pooled = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [pooled], dtype=pooled.dtype, is_pure=False, pack=REGISTER
+        )
+    if SAVE:
+        kept = pixel.to(tl.int64)[:, None] * K + columns[None, :]
+        mask_kept = mask_saved[:, None] & mask_k[None, :] if MASKED else mask_saved[:, None]
+        codes = (codes | middle.to(CODE)[:, None]) & inner.to(CODE)[:, None]
+        tl.store(pooled_ptr + kept, pooled, mask=mask_kept)
+        tl.store(codes_ptr + kept, codes.to(tl.uint8), mask=mask_kept)
     mask_w = mask_n[:, None] & mask_k[None, :] if MASKED else mask_n[:, None]
     w = tl.load(w_rows + columns[None, :], mask=mask_w, other=0.0)
     return tl.dot(w, tl.trans(pooled.to(w.dtype)), acc, input_precision=PRECISION, out_dtype=acc.dtype)
@@ -100,15 +130,17 @@ def _pool_step(
 
 @triton.jit
 def _pool_tile(
-    row_tile, column_tile, x_ptr, w_ptr, b_ptr, out_ptr, mask_ptr,
+    row_tile, column_tile, x_ptr, w_ptr, b_ptr, out_ptr, mask_ptr, pooled_ptr, codes_ptr,
     M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
-    C4: tl.constexpr, EVEN_K: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
+    C4: tl.constexpr, COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, EVEN_K: tl.constexpr,
+    PTX: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``relu(max_pool2d(x, 3, 1, 1) @ w.T + b)`` for one tile.
+    """``relu(max_pool2d(x, 3, 1, 1) @ w.T + b)`` for one tile; the first column tile keeps what the pool found.
 
     A tap outside the image is replaced by the border pixel, which its window holds already: the maximum is the
-    same, and no -inf and no mask is needed.
+    same, and no -inf and no mask is needed. The code of the maximum's tap is 4 * row + column with 0, 1 and 3 for the
+    first, middle and last: where taps stand for the border pixel, one OR and one AND make every code the pixel's own.
     """
     offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -127,31 +159,37 @@ def _pool_tile(
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
     w_rows = w_ptr + (offs_n * K)[:, None]
     end = K if EVEN_K else K - BLOCK_K + 1
+    middle = tl.where(h == 0, 4, 0) | tl.where(w == 0, 1, 0)
+    inner = tl.where(h == H - 1, 7, 15) & tl.where(w == W - 1, 13, 15)
+    mask_saved = offs_m < tl.where(column_tile == 0, M, 0)
     for k in tl.range(0, end, BLOCK_K, num_stages=1):  # nine loads a step: pipelined, they take 96 KB
         acc = _pool_step(
-            acc, k + offs_k, x_ptr, w_rows, mask_n, pixel, up, down, left, right, K, False, MAX_ASM, PRECISION,
+            acc, k + offs_k, x_ptr, w_rows, mask_n, pixel, up, down, left, right,
+            pooled_ptr, codes_ptr, middle, inner, mask_saved, K, False, PTX, MAX_ASM, PRECISION, SAVE,
         )  # fmt: skip
     if not EVEN_K:  # a step of its own: nine masked loads make the loop half as long again
         acc = _pool_step(
             acc, K // BLOCK_K * BLOCK_K + offs_k, x_ptr, w_rows, mask_n, pixel, up, down, left, right,
-            K, True, MAX_ASM, PRECISION,
+            pooled_ptr, codes_ptr, middle, inner, mask_saved, K, True, PTX, MAX_ASM, PRECISION, SAVE,
         )  # fmt: skip
 
     y = bias_relu(tl.trans(acc), b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty)
     rows = offs_m.to(tl.int64)
     out_rows = (rows // (H * W)) * stride_on + (rows % (H * W)) * stride_op
-    out = out_ptr + out_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_oc
+    out = out_ptr + out_rows[:, None] + (COLUMN + offs_n).to(tl.int64)[None, :] * stride_oc
     tl.store(out, y, mask=mask_m[:, None] & mask_n[None, :])
     if SAVE:
-        store_active(mask_ptr, y, offs_m, offs_n, mask_m, C4, stride_mask, BLOCK_M, BLOCK_N)
+        store_active(mask_ptr + MASK_COLUMN, y, offs_m, offs_n, mask_m, C4, stride_mask, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def _entry_kernel(
-    x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr, pool_w_ptr, pool_b_ptr, pool_out_ptr, pool_mask_ptr,
+    x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, pool_w_ptr, pool_b_ptr, mask_ptr, pooled_ptr, codes_ptr,
     M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
-    WIDTHS: tl.constexpr, GEMM_TILES: tl.constexpr, POOL_WIDTH: tl.constexpr, POOL_TILES: tl.constexpr,
-    EVEN_K: tl.constexpr, POOL_EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, MAX_ASM: tl.constexpr,
+    WIDTHS: tl.constexpr, GEMM_TILES: tl.constexpr, POOL_TILES: tl.constexpr,
+    POOL_WIDTH: tl.constexpr, POOL_COLUMN: tl.constexpr, POOL_MASK_COLUMN: tl.constexpr,
+    EVEN_K: tl.constexpr, POOL_EVEN_K: tl.constexpr, ALIGNED: tl.constexpr,
+    PTX: tl.constexpr, MAX_ASM: tl.constexpr,
     PRECISION: tl.constexpr, SAVE: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     POOL_M: tl.constexpr, POOL_N: tl.constexpr, POOL_K: tl.constexpr,
@@ -181,9 +219,10 @@ def _entry_kernel(
         pool_tile = tile - GEMM_TILES
         _pool_tile(
             row_tile * (BLOCK_M // POOL_M) + pool_tile // POOL_COLUMNS, pool_tile % POOL_COLUMNS,
-            x_ptr, pool_w_ptr, pool_b_ptr, pool_out_ptr, pool_mask_ptr,
+            x_ptr, pool_w_ptr, pool_b_ptr, out_ptr, mask_ptr, pooled_ptr, codes_ptr,
             M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
-            POOL_WIDTH, POOL_EVEN_K, MAX_ASM, PRECISION, SAVE, POOL_M, POOL_N, POOL_K,
+            POOL_WIDTH, POOL_COLUMN, POOL_MASK_COLUMN, POOL_EVEN_K, PTX, MAX_ASM, PRECISION, SAVE,
+            POOL_M, POOL_N, POOL_K,
         )  # fmt: skip
 
 
@@ -196,7 +235,7 @@ def entry(
     out: Tensor,
     pool_column: int,
     denses: Sequence[Tensor],
-    mask: Tensor | None,
+    saved: tuple[Tensor, Tensor, Tensor] | None,
     pool_mask_column: int,
     *,
     tiles: configs.Tiles | None = None,
@@ -211,9 +250,10 @@ def entry(
         out: ``[N, C, H, W]``, contiguous in either memory format. Channels ``[0, O_0)`` get the first convolution,
             ``[pool_column, pool_column + C4)`` the pooled branch; the others are left alone.
         denses: one ``[N, O_i, H, W]`` in channels_last for every convolution after the first.
-        mask: ``[M, bytes]`` uint8, the packed ReLU mask of ``out`` (one bit an element, each branch starts a byte);
-            None skips it.
-        pool_mask_column: the byte at which the pooled branch starts in ``mask``.
+        saved: what the backward needs, to be written; None skips it. The packed ReLU mask of ``out``, ``[M, bytes]``
+            uint8 (one bit an element, each branch starts a byte); the pooled x, ``[M, K]``; and uint8 ``[M, K]``, which
+            pixel of its window each maximum is, as :func:`_pool_tile` numbers them.
+        pool_mask_column: the byte at which the pooled branch starts in the mask.
         tiles: in place of those that ``configs`` chooses.
         part: ``"gemm"`` or ``"pool"`` launches that part alone, to time it; None both.
 
@@ -230,20 +270,22 @@ def entry(
     gpu = target.gpu(x.device)
     tiles = tiles or configs.choose("entry", rows, channels, sum(widths), x.dtype, gpu)
     pool_m, pool_n, pool_k = tiles.pool
-    save = mask is not None
+    # Not below 64, the least that a Hopper tensor-core instruction takes: the product is transposed.
+    pool_n = configs.narrow(pool_n, max(pool_weight.shape[0], 64))
     aligned = channels * x.itemsize % 16 == 0 and all(w.data_ptr() % 16 == 0 for w in weights)
-    mask_bytes = mask if mask is not None else out  # never written where SAVE is off
+    mask, pooled, codes = saved or (None, None, None)
     gemm_tiles = 0 if part == "pool" else configs.tiles(sum(widths), tiles.block_n)
     pool_tiles = 0 if part == "gemm" else tiles.block_m // pool_m * configs.tiles(pool_weight.shape[0], pool_n)
     grid = (configs.tiles(rows, tiles.block_m) * (gemm_tiles + pool_tiles),)
     with target.device_of(x):
         _entry_kernel[grid](
-            x, tuple(weights), tuple(biases), out, tuple(denses), mask_bytes,
-            pool_weight, pool_bias, out[:, pool_column:], mask_bytes[:, pool_mask_column:] if save else out,
-            rows, channels, height, width, *out_strides(out), mask_bytes.stride(0),
-            WIDTHS=widths, GEMM_TILES=gemm_tiles, POOL_WIDTH=pool_weight.shape[0], POOL_TILES=pool_tiles,
+            x, tuple(weights), tuple(biases), out, tuple(denses), pool_weight, pool_bias, mask, pooled, codes,
+            rows, channels, height, width, *out_strides(out), 0 if mask is None else mask.shape[1],
+            WIDTHS=widths, GEMM_TILES=gemm_tiles, POOL_TILES=pool_tiles,
+            POOL_WIDTH=pool_weight.shape[0], POOL_COLUMN=pool_column, POOL_MASK_COLUMN=pool_mask_column,
             EVEN_K=channels % tiles.block_k == 0, POOL_EVEN_K=channels % pool_k == 0, ALIGNED=aligned,
-            MAX_ASM=target.max_asm(x), PRECISION=target.input_precision(x.dtype), SAVE=save,
-            INTERLEAVED=tiles.interleaved, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+            PTX=gpu.runs_ptx, MAX_ASM=target.max_asm(gpu, x.dtype, with_codes=saved is not None),
+            PRECISION=target.input_precision(x.dtype), SAVE=saved is not None, INTERLEAVED=tiles.interleaved,
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
             POOL_M=pool_m, POOL_N=pool_n, POOL_K=pool_k, **tiles.options(gpu),
         )  # fmt: skip

@@ -25,8 +25,61 @@ class Geometry(NamedTuple):
     stride_w: int
     pad_h: int
     pad_w: int
+    column: int
+    mask_column: int
     block_n: int
     packed_weight: bool
+
+
+@triton.jit
+def taps_inside(h, w, mask_m, H, W, KH: tl.constexpr, KW: tl.constexpr):
+    """Return int32 ``[BLOCK]``: bit ``i * KW + j`` says that pixel (h + i, w + j) lies inside the image."""
+    columns = ((1 << tl.minimum(tl.maximum(W - w, 0), KW)) - 1) & (-1 << tl.minimum(tl.maximum(-w, 0), KW))
+    inside = tl.zeros(h.shape, dtype=tl.int32)
+    for i in tl.static_range(KH):
+        inside |= tl.where(mask_m & (h + i >= 0) & (h + i < H), columns << (i * KW), 0)
+    return inside
+
+
+@triton.jit
+def implicit_gemm(
+    x_ptr, w_ptr, offs_n, n, h, w, mask_m, K, H, W,
+    C: tl.constexpr, O: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PACKED_WEIGHT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of products ``[BLOCK_M, BLOCK_N]`` of the windows at (h, w) of images n with channels offs_n.
+
+    The reduction runs over j = tap * C + c, taps and channels packed without gaps, so that 16 channels of a 5x5
+    waste nothing. x is channels_last, therefore consecutive j are consecutive addresses within a kernel row.
+    Whether a tap lies inside the image is one bit per output pixel, computed once; j past the last tap finds no bit.
+    K = KH * KW * C comes as an argument: as a constant LLVM would unroll the whole reduction where it is short.
+
+    The weight is ``[O, C, KH, KW]``. TRANSPOSED it is ``[C, O, KH, KW]`` and its taps are taken from the last to the
+    first: the convolution that gives a data gradient.
+    """
+    offs_k = tl.arange(0, BLOCK_K)
+    inside = taps_inside(h, w, mask_m, H, W, KH, KW)
+    x_rows = x_ptr + (((n.to(tl.int64) * H + h) * W + w) * C)[:, None]
+    mask_n = offs_n < O
+    if TRANSPOSED:
+        w_rows = w_ptr + offs_n[None, :] * (1 if PACKED_WEIGHT else KH * KW)
+    else:
+        w_rows = w_ptr + offs_n[None, :] * (KH * KW * C)
+    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    acc = tl.zeros((h.shape[0], offs_n.shape[0]), dtype=dtype)
+    for k in range(0, K, BLOCK_K):
+        j = k + offs_k
+        mask_x = (inside[:, None] & (1 << tl.minimum(j // C, 31))[None, :]) != 0  # bit 31 is never set
+        mask_w = mask_n[None, :] & (j < KH * KW * C)[:, None]
+        x_columns = j + (j // (KW * C)) * ((W - KW) * C)
+        x = tl.load(x_rows + x_columns[None, :], mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_K]
+        if TRANSPOSED:
+            w_columns = (j % C) * (KH * KW * O) + (KH * KW - 1 - j // C) * (O if PACKED_WEIGHT else 1)
+        else:
+            w_columns = j if PACKED_WEIGHT else (j % C) * (KH * KW) + j // C
+        weight = tl.load(w_rows + w_columns[:, None], mask=mask_w, other=0.0)  # [BLOCK_K, BLOCK_N]
+        acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=dtype)
+    return acc
 
 
 @triton.jit
@@ -35,20 +88,13 @@ def _conv_tile(
     K, M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
     C: tl.constexpr, O: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    PACKED_WEIGHT: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, BLOCK_N: tl.constexpr, PACKED_WEIGHT: tl.constexpr,
+    PRECISION: tl.constexpr, SAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``relu(conv2d(x, w, b))`` for BLOCK_M output pixels x BLOCK_N output channels.
-
-    The reduction runs over j = tap * C + c, taps and channels packed without gaps, so that 16 channels of a 5x5
-    waste nothing. x is channels_last, therefore consecutive j are consecutive addresses within a kernel row.
-    Whether a tap lies inside the image is one bit per output pixel, computed once; j past the last tap finds no bit.
-    K = KH * KW * C comes as an argument: as a constant LLVM would unroll the whole reduction where it is short.
-    """
+    """``relu(conv2d(x, w, b))`` for BLOCK_M output pixels x BLOCK_N output channels."""
     COLUMN_TILES: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
     offs_m = (tile // COLUMN_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = (tile % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < M
     mask_n = offs_n < O
     out_pixels = OUT_H * OUT_W
@@ -56,38 +102,21 @@ def _conv_tile(
     pixel = offs_m % out_pixels
     h = (pixel // OUT_W) * SH - PH
     w = (pixel % OUT_W) * SW - PW
-
-    inside = tl.zeros((BLOCK_M,), dtype=tl.int32)
-    for tap in tl.static_range(KH * KW):
-        tap_h = h + tap // KW
-        tap_w = w + tap % KW
-        ok = mask_m & (tap_h >= 0) & (tap_h < H) & (tap_w >= 0) & (tap_w < W)
-        inside |= ok.to(tl.int32) << tap
-
-    x_rows = x_ptr + (((n.to(tl.int64) * H + h) * W + w) * C)[:, None]
-    w_rows = w_ptr + offs_n[None, :] * (KH * KW * C)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
-    for k in range(0, K, BLOCK_K):
-        j = k + offs_k
-        mask_x = (inside[:, None] & (1 << tl.minimum(j // C, 31))[None, :]) != 0  # bit 31 is never set
-        mask_w = mask_n[None, :] & (j < KH * KW * C)[:, None]
-        x_columns = j + (j // (KW * C)) * ((W - KW) * C)
-        x = tl.load(x_rows + x_columns[None, :], mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_K]
-        w_columns = j if PACKED_WEIGHT else (j % C) * (KH * KW) + j // C
-        weight = tl.load(w_rows + w_columns[:, None], mask=mask_w, other=0.0)  # [BLOCK_K, BLOCK_N]
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    acc = implicit_gemm(
+        x_ptr, w_ptr, offs_n, n, h, w, mask_m, K, H, W, C, O, KH, KW, False, PACKED_WEIGHT, PRECISION, BLOCK_K
+    )
 
     y = bias_relu(acc, b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty)
     out_rows = n.to(tl.int64) * stride_on + pixel.to(tl.int64) * stride_op
-    out = out_ptr + out_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_oc
+    out = out_ptr + out_rows[:, None] + (COLUMN + offs_n).to(tl.int64)[None, :] * stride_oc
     tl.store(out, y, mask=mask_m[:, None] & mask_n[None, :])
     if SAVE:
-        store_active(mask_ptr, y, offs_m, offs_n, mask_m, O, stride_mask, BLOCK_M, BLOCK_N)
+        store_active(mask_ptr + MASK_COLUMN, y, offs_m, offs_n, mask_m, O, stride_mask, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def _spatial_kernel(
-    x_ptrs, w_ptrs, b_ptrs, out_ptrs, mask_ptrs, reductions,
+    x_ptrs, w_ptrs, b_ptrs, out_ptr, mask_ptr, reductions,
     M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
     LEVEL: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -97,13 +126,13 @@ def _spatial_kernel(
     row_tiles = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0)
     for i in tl.static_range(len(LEVEL)):
-        tiles = row_tiles * ((LEVEL[i][1] + LEVEL[i][8] - 1) // LEVEL[i][8])
+        tiles = row_tiles * ((LEVEL[i][1] + LEVEL[i][10] - 1) // LEVEL[i][10])
         if (tile >= 0) & (tile < tiles):
             _conv_tile(
-                tile, x_ptrs[i], w_ptrs[i], b_ptrs[i], out_ptrs[i], mask_ptrs[i],
+                tile, x_ptrs[i], w_ptrs[i], b_ptrs[i], out_ptr, mask_ptr,
                 reductions[i], M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
                 LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], LEVEL[i][4], LEVEL[i][5], LEVEL[i][6], LEVEL[i][7],
-                LEVEL[i][9], PRECISION, SAVE, BLOCK_M, LEVEL[i][8], BLOCK_K,
+                LEVEL[i][8], LEVEL[i][9], LEVEL[i][10], LEVEL[i][11], PRECISION, SAVE, BLOCK_M, BLOCK_K,
             )  # fmt: skip
         tile -= tiles
 
@@ -141,38 +170,27 @@ def spatial(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, *, tiles: c
     if tiles is None:
         largest = max((conv.weight.shape for conv in convs), key=torch.Size.numel)
         tiles = configs.choose("spatial", rows, largest[1:].numel(), largest[0], out.dtype, gpu)
-    level, programs = [], 0
+    level: list[Geometry] = []
+    programs = 0
     for conv in convs:
         out_channels, in_channels, kernel_h, kernel_w = conv.weight.shape
         if kernel_h * kernel_w > 31:
             raise ValueError(f"a convolution of at most 31 taps was expected, got {kernel_h}x{kernel_w}")
         block_n = configs.narrow(tiles.block_n, out_channels)
         packed = conv.weight.is_contiguous(memory_format=torch.channels_last)
-        level.append(
-            Geometry(
-                in_channels,
-                out_channels,
-                kernel_h,
-                kernel_w,
-                *conv.stride,
-                *conv.padding,
-                block_n,
-                packed,
-            )
-        )
+        geometry = (in_channels, out_channels, kernel_h, kernel_w, *conv.stride, *conv.padding)
+        level.append(Geometry(*geometry, conv.column, conv.mask_column, block_n, packed))
         programs += configs.tiles(rows, tiles.block_m) * configs.tiles(out_channels, block_n)
-    save = mask is not None
     with target.device_of(out):
         _spatial_kernel[(programs,)](
             tuple(conv.x for conv in convs),
             tuple(conv.weight for conv in convs),
             tuple(conv.bias for conv in convs),
-            tuple(out[:, conv.column :] for conv in convs),
-            tuple(mask[:, conv.mask_column :] if mask is not None else out for conv in convs),
+            out, mask,
             tuple(conv.in_channels * conv.kernel_h * conv.kernel_w for conv in level),
             rows, height, width, out_height, out_width,
-            *out_strides(out), mask.stride(0) if mask is not None else 0,
+            *out_strides(out), 0 if mask is None else mask.shape[1],
             LEVEL=tuple(tuple(geometry) for geometry in level),
-            PRECISION=target.input_precision(out.dtype), SAVE=save,
+            PRECISION=target.input_precision(out.dtype), SAVE=mask is not None,
             BLOCK_M=tiles.block_m, BLOCK_K=tiles.block_k, **tiles.options(gpu),
         )  # fmt: skip

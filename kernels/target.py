@@ -13,6 +13,17 @@ import torch
 # Looked up, not imported: that would cost every user half a second, and torch.compile cannot trace the look-up.
 _MISSING = None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
 MAX_ASM = {torch.bfloat16: "max.NaN.bf16x2 $0, $1, $2;", torch.float16: "max.NaN.f16x2 $0, $1, $2;"}
+# $0, $1 = the maximum of $2 and $4, and its code of $3 and $5: the second's where it is greater. In a window with NaN
+# the code names some pixel of it: to name the last NaN, as ATen does, takes two instructions more in every step.
+ARGMAX_ASM = {
+    dtype: f"""{{
+        .reg .b32 greater;
+        set.gt.u32.{pair} greater, $4, $2;
+        lop3.b32 $1, greater, $5, $3, 0xCA;
+        max.NaN.{pair} $0, $4, $2;
+    }}"""
+    for dtype, pair in ((torch.bfloat16, "bf16x2"), (torch.float16, "f16x2"))
+}
 
 
 def interpreted() -> bool:
@@ -48,19 +59,6 @@ def input_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def max_asm(x: torch.Tensor) -> str | None:
-    """Return PTX for the maximum of two pairs of x's 16-bit elements, NaN where either is, or None where there is none.
-
-    Triton's operator becomes the same instruction, but with two byte permutations for each (PTX ISA, ``max``: sm_80).
-    """
-    return MAX_ASM.get(x.dtype) if x.is_cuda and _runs_max_asm(x.device) else None
-
-
-@functools.cache
-def _runs_max_asm(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 class Gpu(NamedTuple):
     """What tile sizes depend on; two alike are equal."""
 
@@ -68,9 +66,14 @@ class Gpu(NamedTuple):
     chip: str  # sm_90, gfx942, ...; "cpu" under the interpreter
 
     @property
+    def runs_ptx(self) -> bool:
+        """Tell whether kernels may hold PTX."""
+        return self.chip.startswith("sm_")
+
+    @property
     def runs_pdl(self) -> bool:
         """Tell whether a launch may start before the one in front of it has ended."""
-        return self.chip.startswith("sm_") and int(self.chip[3:]) >= 90
+        return self.runs_ptx and int(self.chip[3:]) >= 90
 
 
 @functools.cache
@@ -82,6 +85,20 @@ def gpu(device: torch.device) -> Gpu:
     if torch.version.hip is not None:
         return Gpu(properties.name, properties.gcnArchName.partition(":")[0])
     return Gpu(properties.name, f"sm_{properties.major}{properties.minor}")
+
+
+@functools.cache
+def max_asm(gpu: Gpu, dtype: torch.dtype, *, with_codes: bool) -> str | None:
+    """Return PTX for the maximum of two pairs of 16-bit elements, NaN where either is, or None where there is none.
+
+    ``with_codes`` asks for the one that also selects, of two pairs of 16-bit codes, that of the maximum. Triton's
+    operators become the same instructions, but with two byte permutations for each (PTX ISA: ``max`` sm_80, ``set`` of
+    bfloat16 sm_90).
+    """
+    least = 90 if with_codes and dtype is torch.bfloat16 else 80
+    if not gpu.runs_ptx or int(gpu.chip[3:]) < least:
+        return None
+    return (ARGMAX_ASM if with_codes else MAX_ASM).get(dtype)
 
 
 def device_of(x: torch.Tensor) -> AbstractContextManager[None]:

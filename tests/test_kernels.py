@@ -86,6 +86,20 @@ def relu_bits(y: Tensor) -> Tensor:
     return torch.from_numpy(np.packbits(passed, axis=1, bitorder="little"))
 
 
+def window_maxima(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ATen's maxima of x's 3x3 windows and which of its window's pixels each is, both ``[N*H*W, K]``.
+
+    A pixel's code is 4 * row + column, with 0, 1 and 3 for the first, middle and last.
+    """
+    k, h, w = x.shape[1:]
+    values, indices = F.max_pool2d(x.contiguous(), 3, 1, 1, return_indices=True)
+    rows = indices // w - torch.arange(h, device=x.device)[:, None] + 1
+    columns = indices % w - torch.arange(w, device=x.device) + 1
+    steps = torch.tensor([0, 1, 3], dtype=torch.uint8, device=x.device)
+    codes = 4 * steps[rows] + steps[columns]
+    return tuple(t.permute(0, 2, 3, 1).reshape(-1, k) for t in (values, codes))
+
+
 class Entry:
     """One call of ``entry`` with everything that goes in and comes out, in poisoned memory."""
 
@@ -115,10 +129,12 @@ class Entry:
         self.denses = [memory.empty((n, o, h, w), dtype, torch.channels_last) for o in widths[1:3]]
         self.start = (c1 + 7) // 8
         self.mask = memory.empty((n * h * w, self.start + (c4 + 7) // 8 + 1), torch.uint8, torch.contiguous_format)
+        self.pooled = memory.empty((n * h * w, k), dtype, torch.contiguous_format)
+        self.codes = memory.empty((n * h * w, k), torch.uint8, torch.contiguous_format)
         self.c1, self.c4 = c1, c4
         entry(
             self.x, self.weights[:3], self.biases[:3], self.weights[3], self.biases[3], self.out, c1 + 2,
-            self.denses, self.mask if save else None, self.start, **options,
+            self.denses, (self.mask, self.pooled, self.codes) if save else None, self.start, **options,
         )  # fmt: skip
 
     def results(self) -> list[Tensor]:
@@ -142,7 +158,12 @@ class Entry:
         assert bool(others.isnan().all())
         if not save:
             assert bool((self.mask == 0xA5).all())
+            assert bool((self.codes == 0xA5).all())
+            assert bool(self.pooled.isnan().all())
             return
+        values, taps = window_maxima(self.x)
+        torch.testing.assert_close(self.pooled, values, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(self.codes, taps, rtol=0, atol=0)
         first, _, _, last = self.results()
         bits = torch.cat((relu_bits(first), relu_bits(last), torch.full((len(self.mask), 1), 0xA5)), dim=1)
         torch.testing.assert_close(self.mask.cpu(), bits.to(torch.uint8), rtol=0, atol=0)
@@ -422,6 +443,8 @@ def block_buffers(shape: tuple[int, int, int, int], out_format: torch.memory_for
         "r2": memory.empty((n, c2[0], h, w), f32, torch.channels_last),
         "r3": memory.empty((n, c3[0], h, w), f32, torch.channels_last),
         "mask": memory.empty((n * h * w, 2 + 17 + 1 + 9), torch.uint8, torch.contiguous_format),
+        "pooled": memory.empty((n * h * w, k), f32, torch.contiguous_format),
+        "codes": memory.empty((n * h * w, k), torch.uint8, torch.contiguous_format),
     }
 
 
@@ -439,7 +462,7 @@ def launch_both(b: dict[str, Any], memory: Memory) -> None:
         b["out"],
         c1 + c2[1] + c3[1],
         (b["r2"], b["r3"]),
-        b["mask"],
+        (b["mask"], b["pooled"], b["codes"]),
         20,
     )
     w22 = memory.randn(c2[1], c2[0], 3, 3, dtype=torch.float32)
@@ -467,7 +490,7 @@ def test_every_element_is_written_exactly_once(monkeypatch, shape, out_format):
     buffers = block_buffers(shape, out_format, memory)
     launch_both(buffers, memory)
     expected: dict[int, int] = {}
-    for name in ("out", "r2", "r3", "mask"):
+    for name in ("out", "r2", "r3", "mask", "pooled", "codes"):
         tensor = buffers[name]
         expected |= {tensor.data_ptr() + i * tensor.itemsize: 1 for i in range(tensor.numel())}
     assert dict(writes) == expected
@@ -493,11 +516,11 @@ def test_each_program_computes_one_tile(monkeypatch):
     # For each row tile two GEMM tiles, each storing to four places, and two column tiles of the pooled branch.
     assert sorted(written) == list(range(3 * (2 + 2)))
     assert all(any(stores) for stores in written.values())
-    # The same, all GEMM tiles first: these store to four places, those of the pooled branch to two.
+    # The same, all GEMM tiles first: without a mask these store to three places, those of the pooled branch to one.
     for tiles, order in (({}, [True, True, False, False] * 3), ({"interleaved": False}, [True] * 6 + [False] * 6)):
         written.clear()
         tiles = dataclasses.replace(configs.DEFAULTS["entry"](torch.float32, "cpu"), **tiles)
-        Entry(normal(3, 15, 9, 11), (70, 50, 20, 65), tiles=tiles)
+        Entry(normal(3, 15, 9, 11), (70, 50, 20, 65), save=False, tiles=tiles)
         assert [len(written[program]) > 2 for program in range(12)] == order
 
 

@@ -1,0 +1,135 @@
+"""Backward, third and fourth launch: the gradient of x, from the pool and from the convolutions that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastinception.kernels import configs, target
+from fastinception.kernels.epilogue import follow_predecessor, out_strides
+
+
+@triton.jit
+def _pool_gradient_kernel(
+    grad_ptr, codes_ptr, out_ptr, M, K, H, W, stride_on, stride_op, stride_oc,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gather, for BLOCK_M pixels x BLOCK_N channels, the gradients of the windows whose maximum the pixel is.
+
+    Nine windows hold a pixel, and each has the code of its maximum: no atomic addition, one order.
+    """
+    COLUMN_TILES = tl.cdiv(K, BLOCK_N)
+    offs_m = (tl.program_id(0) // COLUMN_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (tl.program_id(0) % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    mask_n = offs_n < K
+    h = offs_m // W % H
+    w = offs_m % W
+    dtype: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=dtype)
+    for tap in tl.static_range(9):  # the pixel is this tap of the window around (h - dh, w - dw)
+        dh = tap // 3 - 1
+        dw = tap % 3 - 1
+        inside = mask_m & (h - dh >= 0) & (h - dh < H) & (w - dw >= 0) & (w - dw < W)
+        mask = inside[:, None] & mask_n[None, :]
+        offsets = (offs_m - dh * W - dw).to(tl.int64)[:, None] * K + offs_n[None, :]
+        codes = tl.load(codes_ptr + offsets, mask=mask, other=255)
+        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
+        acc += tl.where(codes == tap // 3 * 4 + tap // 6 * 4 + tap % 3 + tap % 3 // 2, grad.to(dtype), 0.0)
+    rows = offs_m.to(tl.int64)
+    out_rows = (rows // (H * W)) * stride_on + (rows % (H * W)) * stride_op
+    out = out_ptr + out_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_oc
+    tl.store(out, acc, mask=mask_m[:, None] & mask_n[None, :])
+
+
+@triton.jit
+def _entry_gradient_kernel(
+    g_ptr, w_ptrs, out_ptr, M, K, COLUMNS, pixels, stride_on, stride_op, stride_oc,
+    WIDTHS: tl.constexpr, STRIDE: tl.constexpr, EVEN_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Add ``g @ w`` for one tile to ``out``, with the convolutions' weights below one another."""
+    follow_predecessor(PDL)
+    COLUMN_TILES = tl.cdiv(K, BLOCK_N)
+    offs_m = (tl.program_id(0) // COLUMN_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (tl.program_id(0) % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < M
+    mask_n = offs_n < K
+    # Rows past the end read the last row instead of a masked one: their results are never stored. STRIDE is COLUMNS as
+    # a constant, so that the compiler knows how it is aligned where it is no multiple of 16; the loop would be unrolled.
+    g_rows = g_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None] * STRIDE
+    dtype: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=dtype)
+    for k in range(0, COLUMNS, BLOCK_K):
+        j = k + offs_k
+        w_rows = w_ptrs[0] + j * K
+        first = WIDTHS[0]
+        for i in tl.static_range(1, len(WIDTHS)):
+            w_rows = tl.where(j < first, w_rows, w_ptrs[i] + (j - first) * K)
+            first += WIDTHS[i]
+        if ALIGNED:  # Triton forgets it in tl.where, and then copies the weights two bytes at a time, unpipelined
+            w_rows = tl.multiple_of(w_rows, 16)
+        if EVEN_COLUMNS:
+            g = tl.load(g_rows + j[None, :])  # [BLOCK_M, BLOCK_K]
+            w = tl.load(w_rows[:, None] + offs_n[None, :], mask=mask_n[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
+        else:
+            mask_k = j < STRIDE
+            g = tl.load(g_rows + j[None, :], mask=mask_k[None, :], other=0.0)
+            w = tl.load(w_rows[:, None] + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        acc = tl.dot(g, w, acc, input_precision=PRECISION, out_dtype=dtype)
+    rows = offs_m.to(tl.int64)
+    out_rows = (rows // pixels) * stride_on + (rows % pixels) * stride_op
+    out = out_ptr + out_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_oc
+    mask = mask_m[:, None] & mask_n[None, :]
+    acc += tl.load(out, mask=mask, other=0.0).to(dtype)
+    tl.store(out, acc, mask=mask)
+
+
+def pool_gradient(grad: Tensor, codes: Tensor, out: Tensor) -> None:
+    """Write the gradient of ``max_pool2d(x, 3, 1, 1)`` to ``out``, on its device and current stream.
+
+    Args:
+        grad: gradient of the pooled x, ``[M, K]``, contiguous.
+        codes: what the entry level kept, uint8 ``[M, K]``.
+        out: ``[N, K, H, W]``, contiguous in either memory format, grad's dtype.
+    """
+    _, channels, height, width = out.shape
+    rows = grad.shape[0]
+    config = configs.POOL_GRADIENT
+    tiles = configs.tiles(rows, config.block_m) * configs.tiles(channels, config.block_n)
+    with target.device_of(out):
+        _pool_gradient_kernel[(tiles,)](
+            grad, codes, out, rows, channels, height, width, *out_strides(out),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        )  # fmt: skip
+
+
+def entry_gradient(grad: Tensor, weights: Sequence[Tensor], out: Tensor, *, tiles: configs.Tiles | None = None) -> None:
+    """Add the data gradient of the 1x1 convolutions that read x to ``out``, on its device and current stream.
+
+    Args:
+        grad: gradients of their results side by side, ``[M, O_0 + O_1 + ...]``, contiguous.
+        weights: ``[O_i, K, 1, 1]``, contiguous.
+        out: ``[N, K, H, W]``, contiguous in either memory format.
+        tiles: in place of those that ``configs`` chooses.
+
+    All of one dtype. Checked by the caller.
+    """
+    rows, columns = grad.shape
+    channels, height, width = out.shape[1:]
+    gpu = target.gpu(out.device)
+    tiles = tiles or configs.choose("entry_gradient", rows, columns, channels, out.dtype, gpu)
+    programs = configs.tiles(rows, tiles.block_m) * configs.tiles(channels, tiles.block_n)
+    aligned = channels * out.itemsize % 16 == 0 and all(w.data_ptr() % 16 == 0 for w in weights)
+    with target.device_of(out):
+        _entry_gradient_kernel[(programs,)](
+            grad, tuple(weights), out, rows, channels, columns, height * width, *out_strides(out),
+            WIDTHS=tuple(w.shape[0] for w in weights), STRIDE=columns,
+            EVEN_COLUMNS=columns % tiles.block_k == 0, ALIGNED=aligned, PRECISION=target.input_precision(out.dtype),
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, **tiles.options(gpu),
+        )  # fmt: skip

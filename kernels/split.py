@@ -1,0 +1,108 @@
+"""Backward, first launch: the output's gradient, masked by its ReLU, as one dense matrix for each branch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastinception.kernels import configs, target
+
+
+class Branch(NamedTuple):
+    """Where a branch's gradient comes from and goes to."""
+
+    width: int
+    column: int  # first channel in the output's gradient
+    mask_column: int  # first byte in the packed ReLU mask
+    out: Tensor  # rows of pixels, contiguous, at least width long: its first columns are written
+    sums: int  # where in ``partials`` its sums begin
+
+
+@triton.jit
+def _branch_tile(
+    tile, grad_ptr, mask_ptr, out_ptr, partials_ptr,
+    M, H, W, stride_gn, stride_gc, stride_gh, stride_gw, stride_mask,
+    WIDTH: tl.constexpr, COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, STRIDE: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Mask STEPS * BLOCK_M rows x BLOCK_N channels of one branch, and add up what passes, channel by channel."""
+    COLUMN_TILES: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    offs_n = (tile % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_b = (tile % COLUMN_TILES) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
+    mask_n = offs_n < WIDTH
+    columns = (COLUMN + offs_n).to(tl.int64) * stride_gc
+    dtype: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros((BLOCK_N,), dtype=dtype)
+    for step in range(STEPS):
+        offs_m = ((tile // COLUMN_TILES) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        mask = mask_m[:, None] & mask_n[None, :]
+        rows = offs_m.to(tl.int64)
+        pixels = (rows // (H * W)) * stride_gn + (rows // W % H) * stride_gh + (rows % W) * stride_gw
+        grad = tl.load(grad_ptr + pixels[:, None] + columns[None, :], mask=mask, other=0.0)
+        bits = tl.load(
+            mask_ptr + rows[:, None] * stride_mask + (MASK_COLUMN + offs_b)[None, :],
+            mask=mask_m[:, None] & (offs_b * 8 < WIDTH)[None, :],
+            other=0,
+        )  # [BLOCK_M, BLOCK_N // 8]
+        active = (bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+        # A choice, never a product: an infinite gradient times a zero mask would be NaN.
+        grad = tl.where(tl.reshape(active, (BLOCK_M, BLOCK_N)) != 0, grad, 0.0)
+        tl.store(out_ptr + rows[:, None] * STRIDE + offs_n[None, :], grad, mask=mask)
+        total += tl.sum(grad.to(dtype), axis=0)
+    tl.store(partials_ptr + (tile // COLUMN_TILES) * WIDTH + offs_n, total, mask=mask_n)
+
+
+@triton.jit
+def _split_kernel(
+    grad_ptr, mask_ptr, out_ptrs, partials_ptr, sums,
+    M, H, W, stride_gn, stride_gc, stride_gh, stride_gw, stride_mask,
+    BRANCHES: tl.constexpr, STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile of one branch: the tiles of the branches follow one another."""
+    row_tiles = tl.cdiv(M, STEPS * BLOCK_M)
+    tile = tl.program_id(0)
+    for i in tl.static_range(len(BRANCHES)):
+        tiles = row_tiles * tl.cdiv(BRANCHES[i][0], BLOCK_N)
+        if (tile >= 0) & (tile < tiles):
+            _branch_tile(
+                tile, grad_ptr, mask_ptr, out_ptrs[i], partials_ptr + sums[i],
+                M, H, W, stride_gn, stride_gc, stride_gh, stride_gw, stride_mask,
+                BRANCHES[i][0], BRANCHES[i][1], BRANCHES[i][2], BRANCHES[i][3], STEPS, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        tile -= tiles
+
+
+def parts(rows: int) -> int:
+    """Return how many sums there are for each channel in ``partials``."""
+    return configs.tiles(rows, configs.SPLIT.steps * configs.SPLIT.block_m)
+
+
+def split(grad: Tensor, mask: Tensor, branches: Sequence[Branch], partials: Tensor) -> None:
+    """Launch on ``grad``'s device and current stream.
+
+    Args:
+        grad: gradient of the block's output, ``[N, C, H, W]``, any strides; never written.
+        mask: the packed ReLU mask that the forward kept, ``[M, bytes]`` uint8.
+        branches: each gets its channels, as 0 where the ReLU was not active.
+        partials: float32 (float64 for float64), gets at ``sums`` of each branch ``[parts(M), width]``: their sums.
+
+    All but mask and partials have one dtype. Checked by the caller.
+    """
+    n, _, height, width = grad.shape
+    rows = n * height * width
+    config = configs.SPLIT
+    row_tiles = parts(rows)
+    tiles = sum(row_tiles * configs.tiles(branch.width, config.block_n) for branch in branches)
+    stride_n, stride_c, stride_h, stride_w = grad.stride()
+    with target.device_of(grad):
+        _split_kernel[(tiles,)](
+            grad, mask, tuple(branch.out for branch in branches), partials, tuple(branch.sums for branch in branches),
+            rows, height, width, stride_n, stride_c, stride_h, stride_w, mask.shape[1],
+            BRANCHES=tuple((b.width, b.column, b.mask_column, b.out.shape[1]) for b in branches),
+            STEPS=config.steps, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        )  # fmt: skip

@@ -1,0 +1,216 @@
+"""Backward, last launches: weight gradients as partial sums over parts of the pixels, then the sums of all partials."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastinception.kernels import configs, target
+from fastinception.kernels.epilogue import follow_predecessor
+from fastinception.kernels.spatial import taps_inside
+
+
+class Product(NamedTuple):
+    """One convolution with stride 1 whose output has its input's size: the gradient of its weight."""
+
+    grad: Tensor  # of its output, rows of pixels [M, O], contiguous
+    x: Tensor  # its input, [N, C, H, W] in channels_last, or the same as rows of pixels, [M, C]
+    kernel: tuple[int, int]
+    sums: int  # where in ``partials`` it begins
+
+
+class Sum(NamedTuple):
+    """Partial sums to be added up."""
+
+    out: Tensor  # as many elements, in the order of its memory
+    sums: int  # where in ``partials`` the first part begins
+    parts: int
+    stride: int  # from part to part
+
+
+@triton.jit
+def _product_tile(
+    tile, part, g_ptr, x_ptr, partials_ptr, N, H, W, steps, steps_of_part,
+    O: tl.constexpr, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, IMAGES_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sum ``g[m, o] * x[m shifted by tap, c]`` over one part of the pixels, for BLOCK_M o x BLOCK_N (tap, c).
+
+    Columns are packed as in the forward, j = tap * C + c; the reduction, BLOCK_K a step, runs over pixels.
+    IMAGES_FIRST, a step takes one pixel of BLOCK_K images: whether a tap lies inside is then one answer for all.
+    """
+    COLUMNS: tl.constexpr = KH * KW * C
+    COLUMN_TILES: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    offs_o = (tile // COLUMN_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = (tile % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_o = offs_o < O
+    mask_j = j < COLUMNS
+    tap_h = j // (KW * C) - KH // 2
+    tap_w = j // C % KW - KW // 2
+    x_columns = (tap_h * W + tap_w) * C + j % C
+    dtype: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=dtype)
+    first = part * steps_of_part
+    pixel = first // tl.cdiv(N, BLOCK_K)
+    image = first % tl.cdiv(N, BLOCK_K) * BLOCK_K
+    h = pixel // W
+    w = pixel % W
+    for step in range(first, tl.minimum(first + steps_of_part, steps)):
+        if IMAGES_FIRST:
+            mask_m = image + offs_k < N
+            rows = (image + offs_k).to(tl.int64) * (H * W) + (h * W + w)
+            inside = mask_j & (h + tap_h >= 0) & (h + tap_h < H) & (w + tap_w >= 0) & (w + tap_w < W)
+            mask_x = mask_m[:, None] & inside[None, :]
+            # The next step's, by choices: a branch that changes them would end the prefetching.
+            image += BLOCK_K
+            w = tl.where(image < N, w, w + 1)
+            image = tl.where(image < N, image, 0)
+            h = tl.where(w < W, h, h + 1)
+            w = tl.where(w < W, w, 0)
+        else:
+            offs_m = step * BLOCK_K + offs_k
+            mask_m = offs_m < N * H * W
+            rows = offs_m.to(tl.int64)
+            taps = taps_inside(offs_m // W % H - KH // 2, offs_m % W - KW // 2, mask_m, H, W, KH, KW)
+            mask_x = (taps[:, None] & (1 << tl.minimum(j // C, 31))[None, :]) != 0  # bit 31 is never set
+        g = tl.load(g_ptr + rows[:, None] * O + offs_o[None, :], mask=mask_m[:, None] & mask_o[None, :], other=0.0)
+        x = tl.load(x_ptr + rows[:, None] * C + x_columns[None, :], mask=mask_x, other=0.0)  # [BLOCK_K, BLOCK_N]
+        acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION, out_dtype=dtype)
+    out = partials_ptr + (part * O).to(tl.int64) * COLUMNS + offs_o[:, None] * COLUMNS + j[None, :]
+    tl.store(out, acc, mask=mask_o[:, None] & mask_j[None, :])
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    g_ptrs, x_ptrs, partials_ptr, sums, N, H, W, steps, steps_of_part,
+    LEVEL: tl.constexpr, TILES: tl.constexpr, IMAGES_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One tile of one product over one part of the pixels: the TILES tiles of a part follow one another."""
+    follow_predecessor(PDL)
+    part = tl.program_id(0) // TILES
+    tile = tl.program_id(0) % TILES
+    for i in tl.static_range(len(LEVEL)):
+        columns = LEVEL[i][1] * LEVEL[i][2] * LEVEL[i][3]
+        tiles = tl.cdiv(LEVEL[i][0], BLOCK_M) * tl.cdiv(columns, BLOCK_N)
+        if (tile >= 0) & (tile < tiles):
+            _product_tile(
+                tile, part, g_ptrs[i], x_ptrs[i], partials_ptr + sums[i], N, H, W, steps, steps_of_part,
+                LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], IMAGES_FIRST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        tile -= tiles
+
+
+@triton.jit
+def _sum_kernel(
+    partials_ptr,
+    out_ptrs,
+    sums,
+    sizes,
+    parts,
+    strides,
+    COUNT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Add up the parts of BLOCK_N elements of one result, BLOCK_P at a time and in order."""
+    tile = tl.program_id(0)
+    for i in tl.static_range(COUNT):
+        tiles = tl.cdiv(sizes[i], BLOCK_N)
+        if (tile >= 0) & (tile < tiles):
+            offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < sizes[i]
+            total = tl.zeros((BLOCK_N,), dtype=partials_ptr.dtype.element_ty)
+            for first in range(0, parts[i], BLOCK_P):
+                offs_p = first + tl.arange(0, BLOCK_P)
+                part = partials_ptr + sums[i] + offs_p.to(tl.int64)[:, None] * strides[i] + offs_n[None, :]
+                total += tl.sum(tl.load(part, mask=(offs_p < parts[i])[:, None] & mask_n[None, :], other=0.0), axis=0)
+            tl.store(out_ptrs[i] + offs_n, total, mask=mask_n)
+        tile -= tiles
+
+
+class Division(NamedTuple):
+    """How the sums over pixels are computed and divided."""
+
+    tiles: configs.Tiles
+    images_first: bool
+    steps: int
+    steps_of_part: int
+    parts: int
+
+
+def divide(
+    shape: tuple[int, int, int],
+    sizes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    gpu: target.Gpu,
+    tiles: configs.Tiles | None = None,
+) -> Division:
+    """Divide the sums over N, H and W into as many parts as fill a GPU, given rows and columns of each product.
+
+    ``tiles`` replaces those that ``configs`` chooses, by the largest product.
+    """
+    n, height, width = shape
+    rows, columns = max(sizes, key=math.prod)
+    tiles = tiles or configs.choose("weight_gradient", rows, n * height * width, columns, dtype, gpu)
+    programs = sum(configs.tiles(o, tiles.block_m) * configs.tiles(columns, tiles.block_n) for o, columns in sizes)
+    images_first = n >= tiles.block_k
+    images = configs.tiles(n, tiles.block_k) * tiles.block_k if images_first else n
+    steps = configs.tiles(images * height * width, tiles.block_k)
+    steps_of_part = max(4, configs.tiles(steps, max(1, configs.PROGRAMS // programs)))
+    return Division(tiles, images_first, steps, steps_of_part, configs.tiles(steps, steps_of_part))
+
+
+def weight_gradient(
+    products: Sequence[Product], shape: tuple[int, int, int], division: Division, partials: Tensor
+) -> None:
+    """Launch the products on the partials' device and current stream.
+
+    Args:
+        products: what to compute; all of one dtype, kernels of odd sizes with 31 taps at most.
+        shape: N, H and W of all of them.
+        division: see :func:`divide`.
+        partials: float32 (float64 for float64), gets at ``sums`` of each product
+            ``[division.parts, O, kernel_h, kernel_w, C]``.
+    """
+    tiles, images_first, steps, steps_of_part, parts = division
+    level, programs = [], 0
+    for product in products:
+        out_channels, channels = product.grad.shape[1], product.x.shape[1]
+        level.append((out_channels, channels, *product.kernel))
+        columns = channels * product.kernel[0] * product.kernel[1]
+        programs += configs.tiles(out_channels, tiles.block_m) * configs.tiles(columns, tiles.block_n)
+    with target.device_of(partials):
+        _weight_gradient_kernel[(programs * parts,)](
+            tuple(product.grad for product in products),
+            tuple(product.x for product in products),
+            partials,
+            tuple(product.sums for product in products),
+            *shape, steps, steps_of_part,
+            LEVEL=tuple(level), TILES=programs, IMAGES_FIRST=images_first,
+            PRECISION=target.input_precision(products[0].x.dtype),
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+            **tiles.options(target.gpu(partials.device)),
+        )  # fmt: skip
+
+
+def add_up(sums: Sequence[Sum], partials: Tensor) -> None:
+    """Launch the sums of all partial sums on the partials' device and current stream, each rounded once."""
+    config = configs.SUM
+    with target.device_of(partials):
+        _sum_kernel[(sum(configs.tiles(s.out.numel(), config.block_n) for s in sums),)](
+            partials,
+            tuple(s.out for s in sums),
+            tuple(s.sums for s in sums),
+            tuple(s.out.numel() for s in sums),
+            tuple(s.parts for s in sums),
+            tuple(s.stride for s in sums),
+            COUNT=len(sums), BLOCK_P=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        )  # fmt: skip

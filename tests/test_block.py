@@ -1,0 +1,255 @@
+"""The block as launches: how many, of what, what is kept between them, and that their sums have one order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+from fastinception import FastInception, Inception
+from fastinception.googlenet import WIDTHS
+from fastinception.kernels import block as launches
+from fastinception.kernels import entry, target
+
+DEVICE = "cpu" if target.interpreted() else "cuda"
+SMALL = (16, 9, (4, 8), (3, 5), 7)
+PARAMS = [f"{conv}.{kind}" for conv in ("p1_1", "p2_1", "p2_2", "p3_1", "p3_2", "p4_2") for kind in ("weight", "bias")]
+# What a single gradient takes: the branches split off, the convolutions whose data gradient it needs, and the rest.
+NEEDS: dict[str, dict[str, int]] = {
+    "x": {"split": 4, "data_gradient": 3, "pool_gradient": 1, "entry_gradient": 1},
+    "p1_1.weight": {"split": 1, "weight_gradient": 1, "add_up": 1},
+    "p1_1.bias": {"split": 1, "add_up": 1},
+    "p2_1.weight": {"split": 1, "data_gradient": 1, "weight_gradient": 1, "add_up": 1},
+    "p2_1.bias": {"split": 1, "data_gradient": 1, "add_up": 1},
+    "p2_2.weight": {"split": 1, "weight_gradient": 1, "add_up": 1},
+    "p2_2.bias": {"split": 1, "add_up": 1},
+}
+NEEDS |= {name.replace("p2", "p3"): counts for name, counts in NEEDS.items() if name.startswith("p2")}
+NEEDS |= {name.replace("p1_1", "p4_2"): counts for name, counts in NEEDS.items() if name.startswith("p1")}
+
+# NumPy's, under the interpreter, on the infinities that a test is about.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.*"),
+]
+
+
+def images(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last).to(DEVICE)
+
+
+def randn_like(y: Tensor, seed: int = 7) -> Tensor:
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y.dtype).to(y.device)
+
+
+class Operators(TorchDispatchMode):
+    """List what runs on the device but the interpreter's own: operators that compute, and kernels."""
+
+    FREE = ("view", "split", "detach", "empty", "slice", "alias", "as_strided", "permute", "transpose", "_unsafe_view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.paused = False
+        self.key = torch._C.DispatchKey.CPU if DEVICE == "cpu" else torch._C.DispatchKey.CUDA
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().partition("::")[2].partition(".")[0]
+        if func.namespace == "fastinception":
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(self.key), *args)
+        if not self.paused and not name.startswith(self.FREE):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Operators]:
+    operators = Operators()
+    kernel = type(entry._entry_kernel)
+    original = kernel.run
+
+    def run(self, *args, **kwargs):
+        operators.names.append(self.fn.__name__)
+        operators.paused = True
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            operators.paused = False
+
+    with monkeypatch.context() as patched, operators:
+        patched.setattr(kernel, "run", run)
+        yield operators
+
+
+@pytest.mark.parametrize("batch", [2, 40])
+def test_a_training_step_is_eight_launches_and_nothing_else(monkeypatch, batch):
+    """Two forward and six backward; the issue's limit is ten backward, and the plain block takes about thirty."""
+    block = FastInception(*SMALL, backend="triton").to(DEVICE, memory_format=torch.channels_last)
+    x = images((batch, 16, 2, 3)).requires_grad_()
+    grad = randn_like(block(x))
+    with counted(monkeypatch) as operators:
+        y = block(x)
+        forward = list(operators.names)
+        torch.autograd.grad(y, [x, *block.parameters()], grad)
+    assert forward == ["_entry_kernel", "_spatial_kernel"]
+    assert operators.names[2:] == [
+        "_split_kernel",
+        "_data_gradient_kernel",
+        "_pool_gradient_kernel",
+        "_entry_gradient_kernel",
+        "_weight_gradient_kernel",
+        "_sum_kernel",
+    ]
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_unneeded_gradients_are_not_computed(monkeypatch, name):
+    ran: dict[str, int] = {}
+
+    def record(launcher: str, original: Any) -> Any:
+        def recorded(*args: Any) -> None:
+            listed = [a for a in args if isinstance(a, list)]  # of branches, convolutions, products
+            ran[launcher] = len(listed[0]) if listed and launcher != "add_up" else 1
+            original(*args)
+
+        return recorded
+
+    for launcher in ("split", "data_gradient", "pool_gradient", "entry_gradient", "weight_gradient", "add_up"):
+        monkeypatch.setattr(launches, launcher, record(launcher, getattr(launches, launcher)))
+    block = FastInception(*SMALL, backend="triton").to(DEVICE)
+    block.requires_grad_(False)
+    x = images((2, 16, 3, 2))
+    leaves = {"x": x, **dict(block.named_parameters())}
+    leaves[name].requires_grad_()
+    y = block(x)
+    y.backward(randn_like(y))
+    assert ran == NEEDS[name]
+    assert [key for key, leaf in leaves.items() if leaf.grad is not None] == [name]
+
+
+def saved_bytes(block: Inception, x: Tensor) -> int:
+    """Return the bytes that autograd keeps for the backward, without parameters, each storage once."""
+    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = block(x)
+    assert y.requires_grad
+    return sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("name", WIDTHS)
+def test_saved_tensors_take_six_tenths_of_the_plain_block(name, dtype):
+    plain = Inception(*WIDTHS[name]).to(DEVICE, dtype)
+    fast = FastInception.from_reference(plain, backend="triton")
+    x = images((1, WIDTHS[name].in_channels, 1, 1), dtype).requires_grad_()
+    assert 0 < saved_bytes(fast, x) <= 0.6 * saved_bytes(plain, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("batch", [3, 70])
+def test_the_same_bits_on_two_runs(batch, dtype):
+    """Also where the tensors lie elsewhere, and other work went before."""
+    block = FastInception(*SMALL, backend="triton").to(DEVICE, dtype)
+    x = images((batch, 16, 3, 3), dtype).requires_grad_()
+    results = []
+    for size in (1, 12345):
+        held = torch.full((size,), float("nan"), device=DEVICE)
+        y = block(x)
+        results.append([y, *torch.autograd.grad(y, [x, *block.parameters()], randn_like(y))])
+        del held
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+class Frames:
+    """Hand out tensors that lie inside larger storages full of poison, and check the poison afterwards."""
+
+    SIZE = 1 << 14
+
+    def __init__(self) -> None:
+        self.frames: list[Tensor] = []
+
+    def empty(self, shape: Any, *, dtype: torch.dtype, device: Any, memory_format: Any = torch.contiguous_format):
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        size = math.prod(shape)
+        poison = 0xA5 if dtype is torch.uint8 else float("nan")
+        storage = torch.full((size + 2 * self.SIZE,), poison, dtype=dtype, device=device)
+        self.frames += [storage[: self.SIZE], storage[self.SIZE + size :]]
+        strides = torch.zeros(shape).contiguous(memory_format=memory_format).stride()
+        return storage.as_strided(shape, strides, self.SIZE)
+
+    def put(self, t: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        return self.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=memory_format).copy_(t.detach())
+
+    def assert_untouched(self) -> None:
+        for frame in self.frames:
+            assert bool((frame == 0xA5).all() if frame.dtype is torch.uint8 else frame.isnan().all())
+
+
+@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("batch", [3, 17])
+def test_the_backward_stays_inside_its_tensors(monkeypatch, batch, format):
+    """Every buffer starts as NaN and lies in NaN: what is read outside, or before it is written, spoils a result."""
+    channels_last = torch.channels_last
+    plain = Inception(11, 5, (4, 70), (3, 9), 66).to(DEVICE, torch.float64)  # more channels than one tile of some
+    x = images((batch, 11, 3, 5), torch.float64).contiguous(memory_format=format).requires_grad_()
+    y = plain(x)
+    upstream = randn_like(y)
+    expected = torch.autograd.grad(y, [x, *plain.parameters()], upstream)
+    frames = Frames()
+    own_x = frames.put(x, channels_last)
+    params = [frames.put(p, channels_last if p.dim() == 4 else torch.contiguous_format) for p in plain.parameters()]
+    grads = [frames.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=format)]
+    grads += [frames.put(torch.full_like(p, float("nan")), channels_last if p.dim() == 4 else torch.contiguous_format)
+              for p in params]  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", frames.empty)
+        saved = launches.empty_saved(own_x, params, save=True)
+        out = frames.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=channels_last)
+        launches.forward(own_x, params, out, saved, save=True)
+        launches.backward(frames.put(upstream, format), own_x, params, saved, grads)
+    frames.assert_untouched()
+    for own, theirs in zip((out, *grads), (y, *expected), strict=True):
+        torch.testing.assert_close(own, theirs)
+
+
+@pytest.mark.parametrize("values", ["zeros", "ties", "minus infinity"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (5, 1), (2, 2), (4, 7)])
+def test_the_pools_gradient_goes_to_atens_pixel(values, size):
+    """Where values tie, as zeros behind a ReLU do, the first of the window gets it, in both layouts."""
+    plain = Inception(8, 3, (2, 3), (2, 3), 5).to(DEVICE, torch.float64)
+    fast = FastInception.from_reference(plain, backend="triton")
+    x = images((2, 8, *size), torch.float64)
+    x = {"zeros": x * 0, "ties": x.round().clamp(-1, 1), "minus infinity": torch.where(x > 1, x, -torch.inf)}[values]
+    if values == "minus infinity":
+        x[0] = -torch.inf
+    with torch.no_grad():
+        # Branch 4 alone has a gradient, and is active everywhere: -inf times these is inf.
+        plain.p4_2.weight.copy_(-1 - torch.arange(40.0).view(5, 8, 1, 1))
+        plain.p4_2.bias.fill_(1e6)
+    grads = []
+    for block in (plain, fast):
+        own = x.clone().requires_grad_()
+        y = block(own)
+        upstream = randn_like(y)
+        upstream[:, :-5] = 0
+        grads.append(torch.autograd.grad(y, own, upstream)[0])
+    assert bool(grads[0].isfinite().all())
+    assert bool((grads[0] != 0).any())
+    torch.testing.assert_close(grads[1], grads[0])
