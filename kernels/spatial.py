@@ -1,4 +1,7 @@
-"""Level 1, one launch: a list of convolutions as implicit GEMMs, each into its channels of one output."""
+"""Level 1, one launch: a list of convolutions as implicit GEMMs, each into its channels of one output.
+
+Where the tiles say so, the library computes the convolutions instead (library.py).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from fastinception.kernels import configs, target
 from fastinception.kernels.epilogue import bias_relu, follow_predecessor, out_strides, store_active
+from fastinception.kernels.library import library
 
 
 class Geometry(NamedTuple):
@@ -161,7 +165,7 @@ def spatial(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, *, tiles: c
     All floating tensors share one dtype. Checked by the caller, but for:
 
     Raises:
-        ValueError: a kernel has more than 31 taps, more than its bits.
+        ValueError: a kernel has more than 31 taps, more than its bits; not where the library computes it.
     """
     n, _, height, width = convs[0].x.shape
     out_height, out_width = out.shape[2:]
@@ -170,6 +174,9 @@ def spatial(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, *, tiles: c
     if tiles is None:
         largest = max((conv.weight.shape for conv in convs), key=torch.Size.numel)
         tiles = configs.choose("spatial", rows, largest[1:].numel(), largest[0], out.dtype, gpu)
+    if tiles.library:
+        library(convs, out, mask, tiles)
+        return
     level: list[Geometry] = []
     programs = 0
     for conv in convs:

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import mmap
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from triton.runtime import interpreter
 
 from fastinception.kernels import configs, target
 from fastinception.kernels import entry as entry_module
+from fastinception.kernels import library as library_module
 from fastinception.kernels import spatial as spatial_module
 from fastinception.kernels.entry import entry
 from fastinception.kernels.spatial import Conv, spatial
@@ -285,6 +287,9 @@ def test_an_unknown_part_is_refused():
 
 # Level 1
 
+LIBRARY = configs.Tiles(32, 32, 16, num_warps=4, num_stages=1, library=True)
+ENGINES = [pytest.param({}, id="triton"), pytest.param({"tiles": LIBRARY}, id="library")]
+
 
 class Spatial:
     """One call of ``spatial`` on convolutions ``(in, out, (kh, kw), stride, padding)``, in poisoned memory."""
@@ -319,7 +324,7 @@ class Spatial:
         size = self.expected(torch.float64)[0].shape[2:]
         self.out = memory.empty((n, column, *size), dtype, out_format)
         self.mask = memory.empty((n * size.numel(), byte), torch.uint8, torch.contiguous_format)
-        self.save = save
+        self.save, self.library = save, options.get("tiles") == LIBRARY
         spatial(self.convs, self.out, self.mask if save else None, **options)
 
     def expected(self, dtype: torch.dtype) -> list[Tensor]:
@@ -330,6 +335,12 @@ class Spatial:
 
     def check(self) -> None:
         dtype = self.out.dtype
+        if self.library:
+            for own, c in zip(self.own, self.convs, strict=True):
+                plain = F.relu(F.conv2d(c.x, c.weight, None, c.stride, c.padding) + c.bias[:, None, None])
+                torch.testing.assert_close(self.out[:, own], plain, rtol=0, atol=0, equal_nan=True, check_stride=False)
+            self.check_others()
+            return
         for own, plain, truth in zip(self.own, self.expected(dtype), self.expected(torch.float64), strict=True):
             assert_2x(self.out[:, own], plain, truth)
         self.check_others()
@@ -360,9 +371,10 @@ SAME3, SAME5 = ((3, 3), (1, 1), (1, 1)), ((5, 5), (1, 1), (2, 2))
         ((3, 9, 11), (4, 8, 5, 16)),  # three row tiles, the last one not full
     ],
 )
-def test_spatial(dtype, size, channels):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_spatial(dtype, size, channels, engine):
     c, o, d, p = channels
-    Spatial(*size, [(c, o, *SAME3), (d, p, *SAME5)], dtype).check()
+    Spatial(*size, [(c, o, *SAME3), (d, p, *SAME5)], dtype, **engine).check()
 
 
 @pytest.mark.parametrize("launch_pdl", [True, False])
@@ -374,9 +386,10 @@ def test_spatial_with_other_tiles(launch_pdl):
 @pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize("out_format", FORMATS)
 @pytest.mark.parametrize("weight_format", FORMATS)
-def test_spatial_layouts_and_modes(out_format, weight_format, save):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_spatial_layouts_and_modes(out_format, weight_format, save, engine):
     convs = [(6, 9, *SAME3), (8, 3, *SAME5)]
-    Spatial(2, 4, 3, convs, out_format=out_format, weight_format=weight_format, save=save).check()
+    Spatial(2, 4, 3, convs, out_format=out_format, weight_format=weight_format, save=save, **engine).check()
 
 
 @pytest.mark.parametrize(
@@ -391,9 +404,17 @@ def test_spatial_layouts_and_modes(out_format, weight_format, save):
     ],
 )
 @pytest.mark.parametrize("weight_format", FORMATS)
-def test_a_level_is_data(convs, weight_format):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_level_is_data(convs, weight_format, engine):
     for h, w in ((7, 8), (8, 5)):
-        Spatial(2, h, w, convs, weight_format=weight_format).check()
+        Spatial(2, h, w, convs, weight_format=weight_format, **engine).check()
+
+
+def test_the_library_takes_any_number_of_taps_and_nan_passes():
+    Spatial(1, 9, 9, [(1, 1, (4, 8), (1, 1), (0, 0))], tiles=LIBRARY).check()
+    case = Spatial(2, 5, 6, [(3, 9, *SAME3), (9, 4, *SAME5)], special=float("nan"), tiles=LIBRARY)
+    assert bool(case.out[:, case.own[0]].isnan().any())
+    case.check()
 
 
 def test_more_taps_than_bits_are_refused():
@@ -448,7 +469,7 @@ def block_buffers(shape: tuple[int, int, int, int], out_format: torch.memory_for
     }
 
 
-def launch_both(b: dict[str, Any], memory: Memory) -> None:
+def launch_both(b: dict[str, Any], memory: Memory, **engine: Any) -> None:
     k = b["x"].shape[1]
     c1, c2, c3, c4 = b["widths"]
     w1, w21, w31, w42 = (memory.randn(o, k, 1, 1, dtype=torch.float32) for o in (c1, c2[0], c3[0], c4))
@@ -471,13 +492,14 @@ def launch_both(b: dict[str, Any], memory: Memory) -> None:
         Conv(b["r2"], w22, b22, c1, mask_column=2, padding=(1, 1)),
         Conv(b["r3"], w32, b32, c1 + c2[1], mask_column=19, padding=(2, 2)),
     ]
-    spatial(level, b["out"], b["mask"])
+    spatial(level, b["out"], b["mask"], **engine)
 
 
 @needs_interpreter
 @pytest.mark.parametrize("out_format", FORMATS)
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (3, 17, 9, 5)])
-def test_every_element_is_written_exactly_once(monkeypatch, shape, out_format):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_element_is_written_exactly_once(monkeypatch, shape, out_format, engine):
     writes: collections.Counter[int] = collections.Counter()
     original = interpreter.InterpreterBuilder.create_masked_store
 
@@ -488,7 +510,7 @@ def test_every_element_is_written_exactly_once(monkeypatch, shape, out_format):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", counted)
     memory = Memory()
     buffers = block_buffers(shape, out_format, memory)
-    launch_both(buffers, memory)
+    launch_both(buffers, memory, **engine)
     expected: dict[int, int] = {}
     for name in ("out", "r2", "r3", "mask", "pooled", "codes"):
         tensor = buffers[name]
@@ -525,7 +547,8 @@ def test_each_program_computes_one_tile(monkeypatch):
 
 
 @needs_interpreter
-def test_nothing_outside_is_read(monkeypatch):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nothing_outside_is_read(monkeypatch, engine):
     """Poison shows what reaches a result; this shows what is read and then dropped, a fault on a GPU."""
     reads: set[int] = set()
     original = interpreter.InterpreterBuilder.create_masked_load
@@ -536,7 +559,9 @@ def test_nothing_outside_is_read(monkeypatch):
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", recorded)
     memory = Memory()
-    launch_both(block_buffers((3, 17, 9, 5), torch.channels_last, memory), memory)
+    framed = mock.Mock(conv2d=lambda *args: memory.put(F.conv2d(*args), torch.float32, torch.channels_last))
+    monkeypatch.setattr(library_module, "F", framed)
+    launch_both(block_buffers((3, 17, 9, 5), torch.channels_last, memory), memory, **engine)
     frames = [(frame.data_ptr(), frame.data_ptr() + frame.nbytes) for frame in memory.frames]
     assert len(reads) > 1000
     assert not [address for address in reads for first, end in frames if first <= address < end]
@@ -551,7 +576,7 @@ def huge(*shape: int) -> Tensor:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("level", ["entry", "spatial"])
+@pytest.mark.parametrize("level", ["entry", "spatial", "library"])
 def test_addresses_beyond_two_to_the_31_elements(monkeypatch, level):
     """The last program of tensors with more elements than int32 counts reads and writes their last pixels.
 
@@ -600,6 +625,11 @@ def test_addresses_beyond_two_to_the_31_elements(monkeypatch, level):
         for behind in (0, 1):
             programs[:] = [behind] if behind else []
             entry(x, (weight,), (bias,), weight, bias, out, c, (), None, 0)
+    elif level == "library":
+        x = huge(n, c, size, size)
+        monkeypatch.setattr(library_module, "F", mock.Mock(conv2d=lambda *args: x))
+        monkeypatch.setattr(library_module, "_library_kernel", Once(library_module._library_kernel))
+        spatial([Conv(x, small.view(c, c, 1, 1), bias, c)], out, None, tiles=LIBRARY)
     else:
         monkeypatch.setattr(spatial_module, "_spatial_kernel", Once(spatial_module._spatial_kernel))
         weight = small[:c].view(1, c, 1, 1)
@@ -634,7 +664,11 @@ class Operators(TorchDispatchMode):
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("weight_format", FORMATS)
-def test_two_launches_and_no_other_work(monkeypatch, grad, weight_format):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_launches_and_no_other_work(monkeypatch, grad, weight_format, engine):
+    if engine:
+        monkeypatch.setitem(configs.DEFAULTS, "spatial", lambda dtype, chip: LIBRARY)
+    configs.choose.cache_clear()
     block = FastInception(16, 9, (4, 8), (3, 5), 7, backend="triton").to(DEVICE, memory_format=weight_format)
     x = normal(2, 16, 4, 5).contiguous(memory_format=torch.channels_last).to(DEVICE)
     expected = super(FastInception, block).forward(x)
@@ -654,9 +688,13 @@ def test_two_launches_and_no_other_work(monkeypatch, grad, weight_format):
     with torch.set_grad_enabled(grad), operators:
         y = block(x)
     torch.testing.assert_close(y, expected)
-    assert launched == ["_entry_kernel", "_spatial_kernel"]
+    configs.choose.cache_clear()
+    assert launched == ["_entry_kernel", "_library_kernel" if engine else "_spatial_kernel"]
     views = {"aten::slice.Tensor", "aten::detach", "aten::alias", "aten::view", "aten::split_with_sizes"}
     allocations = {"aten::empty.memory_format"}
     compute = [name for name in operators.names if name not in views | allocations]
+    if engine:  # nothing but the two convolutions
+        assert compute == ["fastinception::triton_forward"] + ["aten::conv2d"] * 2
+        return
     assert compute == ["fastinception::triton_forward"]
     assert sum(name in allocations for name in operators.names) <= 7

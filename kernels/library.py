@@ -1,0 +1,89 @@
+"""Level 1 by the library: its convolutions into dense buffers, and one launch that finishes all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastinception.kernels import configs, target
+from fastinception.kernels.epilogue import bias_relu, follow_predecessor, out_strides, store_active
+
+if TYPE_CHECKING:
+    from fastinception.kernels.spatial import Conv
+
+
+@triton.jit
+def _finish_tile(
+    tile, y_ptr, b_ptr, out_ptr, mask_ptr, M, pixels, stride_on, stride_op, stride_oc, stride_mask,
+    O: tl.constexpr, COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, BLOCK_N: tl.constexpr,
+    SAVE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """``relu(y + b)`` for BLOCK_M pixels x BLOCK_N channels of y ``[M, O]``, row-major."""
+    COLUMN_TILES: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
+    offs_m = (tile // COLUMN_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (tile % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    mask_n = offs_n < O
+    mask = mask_m[:, None] & mask_n[None, :]
+    rows = offs_m.to(tl.int64)
+    y = tl.load(y_ptr + rows[:, None] * O + offs_n[None, :], mask=mask, other=0.0)
+    y = y.to(tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32)
+    y = bias_relu(y, b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty)
+    out_rows = (rows // pixels) * stride_on + (rows % pixels) * stride_op
+    out = out_ptr + out_rows[:, None] + (COLUMN + offs_n).to(tl.int64)[None, :] * stride_oc
+    tl.store(out, y, mask=mask)
+    if SAVE:
+        store_active(mask_ptr + MASK_COLUMN, y, offs_m, offs_n, mask_m, O, stride_mask, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _library_kernel(
+    y_ptrs, b_ptrs, out_ptr, mask_ptr, M, pixels, stride_on, stride_op, stride_oc, stride_mask,
+    LEVEL: tl.constexpr, SAVE: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One tile of one convolution's result: the tiles of the list's convolutions follow one another."""
+    follow_predecessor(PDL)
+    row_tiles = tl.cdiv(M, BLOCK_M)
+    tile = tl.program_id(0)
+    for i in tl.static_range(len(LEVEL)):
+        tiles = row_tiles * ((LEVEL[i][0] + LEVEL[i][3] - 1) // LEVEL[i][3])
+        if (tile >= 0) & (tile < tiles):
+            _finish_tile(
+                tile, y_ptrs[i], b_ptrs[i], out_ptr, mask_ptr,
+                M, pixels, stride_on, stride_op, stride_oc, stride_mask,
+                LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], SAVE, BLOCK_M,
+            )  # fmt: skip
+        tile -= tiles
+
+
+def library(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, tiles: configs.Tiles) -> None:
+    """Compute what ``spatial`` computes; its arguments. ``tiles`` are those of the launch that finishes.
+
+    Each sum of products is rounded to the dtype before its bias is added, as the library does without fusion.
+    """
+    # A size of 1 leaves the layout open; elsewhere the results have it already.
+    results = [
+        F.conv2d(conv.x, conv.weight, None, conv.stride, conv.padding).contiguous(memory_format=torch.channels_last)
+        for conv in convs
+    ]
+    n, _, height, width = out.shape
+    pixels = height * width
+    level, programs = [], 0
+    for conv in convs:
+        channels = conv.weight.shape[0]
+        block_n = configs.narrow(tiles.block_n, channels)
+        level.append((channels, conv.column, conv.mask_column, block_n))
+        programs += configs.tiles(n * pixels, tiles.block_m) * configs.tiles(channels, block_n)
+    with target.device_of(out):
+        _library_kernel[(programs,)](
+            tuple(results), tuple(conv.bias for conv in convs), out, mask,
+            n * pixels, pixels, *out_strides(out), 0 if mask is None else mask.shape[1],
+            LEVEL=tuple(level), SAVE=mask is not None, BLOCK_M=tiles.block_m,
+            **tiles.options(target.gpu(out.device)),
+        )  # fmt: skip

@@ -1,0 +1,76 @@
+"""What the compiler makes of the options that tables may choose: the library's epilogue, tile order, early launch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+# In a process without the interpreter. A level of 128 and of 32 channels, so that tiles of two widths occur.
+CODE = """
+import dataclasses, json
+from unittest import mock
+from bench import aot
+from fastinception.googlenet import WIDTHS
+from fastinception.kernels import configs, library
+
+level = configs.Tiles(64, 128, 16, num_warps=8, num_stages=1, library=True, launch_pdl=True)
+entry = configs.DEFAULTS["entry"](aot.DTYPES["bf16"], "sm_90")
+entry = dataclasses.replace(entry, interleaved=False, launch_pdl=True)
+recorder = aot._Recorder()
+with mock.patch.object(library, "_library_kernel", recorder) as _, mock.patch.dict(
+    configs.DEFAULTS, {"entry": lambda *_: entry, "spatial": lambda *_: level}
+):
+    launches = aot.launches("sm_90", WIDTHS["3a"], aot.DTYPES["bf16"], True)
+launches = {"entry": launches["entry"], "library": (library._library_kernel, recorder.args, recorder.kwargs)}
+rows = {}
+for name, launch in launches.items():
+    kernel = aot.compile_launch(*launch, "sm_90")
+    rows[name] = aot._read_nvidia(kernel.asm["cubin"], kernel.metadata.num_warps, [], 2048) | {
+        "shared": kernel.metadata.shared, "launch_pdl": kernel.metadata.launch_pdl,
+        "waits": kernel.asm["ptx"].count("griddepcontrol.wait"),
+        "signals": kernel.asm["ptx"].count("griddepcontrol.launch_dependents"),
+    }
+print(json.dumps(rows))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Any]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-W", "ignore", "-c", CODE]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows: dict[str, Any] = json.loads(done.stdout)
+    return rows
+
+
+def test_nothing_spills(compiled):
+    assert set(compiled) == {"entry", "library"}
+    for name, row in compiled.items():
+        assert row["stack"] == row["local"] == 0, name
+        assert row["shared"] <= 227 * 1024, name
+
+
+def test_an_early_launch_waits_once_and_lets_the_next_one_start(compiled):
+    for name, row in compiled.items():
+        assert row["launch_pdl"], name
+        assert (row["waits"], row["signals"]) == (1, 1), name
+
+
+def test_the_librarys_epilogue_moves_16_bytes_at_a_time(compiled):
+    loads, stores = compiled["library"]["loads"], compiled["library"]["stores"]
+    assert loads["16"] >= 4
+    # Beside the results: the biases, and bytes of the ReLU mask.
+    assert stores["16"] >= 4
+    assert set(stores) == {"16", "1"}
+    assert compiled["library"]["tensor_core"] == 0
