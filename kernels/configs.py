@@ -224,7 +224,7 @@ def read_table(path: Path) -> list[Entry]:
 
 
 def _entry_of(
-    *, kernel: str, dtype: str, rows: int, reduction: int, columns: int, tiles: dict[str, Any], **measured: float
+    *, kernel: str, dtype: str, rows: int, reduction: int, columns: int, tiles: dict[str, Any], **about: Any
 ) -> Entry:
     if kernel not in DEFAULTS:
         raise ValueError(f"kernel must be one of {', '.join(DEFAULTS)}, got {kernel!r}")

@@ -1,0 +1,132 @@
+"""Run a block with one choice of tiles: whether it spills, whether its numbers are right, and how long it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bench.harness import DTYPES
+from fastinception.googlenet import Widths
+from fastinception.reference import Inception
+
+Run = Callable[[], Sequence[Tensor]]
+CALLS = 10  # of one sample
+STRIDES = {"3": 8, "4": 16, "5": 32}  # of a block's pixels against the image's, by its stage
+
+
+class Unit(NamedTuple):
+    """What is tuned in one go: a block of the network at one batch and size, in one dtype."""
+
+    block: str
+    widths: Widths
+    batch: int
+    image_size: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.block} at {self.batch}x{self.image_size} in {self.dtype}"
+
+    def passes(self, device: torch.device) -> dict[str, Run]:
+        """Return what is timed, by name, on channels_last operands."""
+        torch.manual_seed(0)
+        net = Inception(*self.widths).to(device, DTYPES[self.dtype]).to(memory_format=torch.channels_last)
+        params = [p.detach() for p in net.parameters()]
+        side = self.image_size // STRIDES.get(self.block[0], 8)
+        shape = self.batch, self.widths.in_channels, side, side
+        # Behind a ReLU, as in the network: half of it zeros, and ties in the pool.
+        x = torch.randn(shape, device=device).relu().to(DTYPES[self.dtype], memory_format=torch.channels_last)
+        forward, backward = torch.ops.fastinception.triton_forward, torch.ops.fastinception.triton_backward
+        out, *saved = forward(x, *params, True)
+        grad = torch.randn_like(out)
+        return {
+            "forward": lambda: (*forward(x, *params, False), *forward(x, *params, True)),
+            "backward": lambda: backward(grad, x, *params, *saved, [True] * 13),
+        }
+
+
+class Timer:
+    """Time single calls by events, each with nothing of its data in the L2 cache, in microseconds."""
+
+    unit = "us"
+
+    def __init__(self, device: torch.device) -> None:
+        size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 1 << 28)
+        self.other = torch.zeros(size // 4, device=device)
+        self.wait = 5_000_000  # clock cycles at the start, so that the host is ahead of the GPU
+
+    def __call__(self, run: Run) -> list[float]:
+        """Return the times of CALLS calls."""
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(CALLS)]
+        torch.cuda._sleep(self.wait)
+        for start, end in pairs:
+            self.other.sum()  # read, not written: written lines would go back to memory while the call runs
+            start.record()
+            run()
+            end.record()
+        host_was_ahead = not pairs[0][0].query()
+        torch.cuda.synchronize()
+        if not host_was_ahead and self.wait < 80_000_000:
+            self.wait *= 2
+            return self(run)
+        return [1e3 * start.elapsed_time(end) for start, end in pairs]
+
+
+class DryTimer:
+    """Stand in for a Timer on a CPU; its unit says that its figures are no GPU's."""
+
+    unit = "dry_us"
+
+    def __call__(self, run: Run) -> list[float]:
+        start = time.perf_counter()
+        run()
+        return [1e6 * (time.perf_counter() - start)]
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[list[Any]]:
+    """Collect the compiled kernels that are launched inside."""
+    from triton.runtime.jit import JITFunction
+
+    kernels: list[Any] = []
+    original = JITFunction.run
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kernels.append(original(self, *args, **kwargs))
+        return kernels[-1]
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield kernels
+
+
+def poisoned(run: Run) -> list[Tensor]:
+    """Return the results of a run that finds NaN in all memory it allocates."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns
+    try:
+        return list(run())
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def disagreement(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+    """Say which result differs by more than its sums' order explains, or None. Bytes are bits of ReLU masks and codes.
+
+    Of bytes a twentieth may differ: where a sum of another order has another sign. NaN never agrees.
+    """
+    for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        if ours.numel() == 0:
+            continue
+        if not ours.is_floating_point():
+            off, limit = float((ours != theirs).float().mean()), 0.05
+        else:
+            off = float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
+            limit = 4 * max(torch.finfo(ours.dtype).eps, 2**-10)  # float32 is multiplied in TF32
+        if not off <= limit:
+            return f"result {i} is off by {off:.1e} of its largest, {limit:.1e} is allowed"
+    return None

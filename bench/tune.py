@@ -1,0 +1,281 @@
+"""Measure which tiles are fastest on this GPU, and write the table that the launchers read.
+
+python bench/tune.py                                    # into kernels/tuned/, under the GPU's name
+python bench/tune.py --budget 600                       # ten minutes of it; again: goes on where it stopped
+python bench/tune.py --shapes 1x224 --dtypes bf16 fp16  # batch x image size
+python bench/tune.py --dry-run --output dry.json        # no GPU: a tiny block on the CPU; tests the script
+
+A block runs as a whole: forward, for inference and for training, since one table serves both; then backward. Each call
+finds a cold L2 cache, and one kernel's tiles differ from the default's, beside which they are timed. What spills, does
+not fit the chip or changes the numbers is dropped. All that was measured is kept in TABLE.progress.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+try:
+    import torch
+    from rich.console import Console
+
+    from bench.harness import DTYPES, synchronize
+    from bench.record import conditions, write_json
+    from bench.report import Display
+    from bench.trial import DryTimer, Run, Timer, Unit, disagreement, launched, poisoned
+    from fastinception.googlenet import WIDTHS, Widths
+    from fastinception.kernels import configs, target
+    from fastinception.kernels.configs import Tiles
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing}: install what the benchmarks need with pip install -e '.[bench]'")
+
+# Batch and image size, the most important first.
+SHAPES = ((128, 96), (256, 224), (1, 224), (32, 224))
+# Sizes for two-byte types: block_m, block_n, block_k, num_warps, num_stages.
+PRODUCTS = (
+    (128, 128, 64, 8, 4), (256, 128, 64, 8, 4), (256, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 64, 64, 4, 3),
+    (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), (64, 32, 64, 4, 5),
+)  # fmt: skip
+POOLS = ((64, 64, 32), (128, 128, 32), (32, 64, 64), (16, 64, 128))
+EPILOGUES = ((64, 128, 8), (64, 64, 4), (32, 128, 4))  # behind the library: block_m, block_n, num_warps
+# Other tiles have to be so much faster than the default's; less may be chance.
+MARGIN = 0.98
+ROUNDS = 5
+# What measurements in one table share.
+SAME = ("device", "driver", "torch", "triton", "commit")
+
+Key = tuple[str, int, int, int, torch.dtype, target.Gpu]  # the arguments of configs.choose
+Choice = dict[Key, Tiles]
+
+
+class OutOfTime(Exception):
+    """The budget is spent."""
+
+
+def variations(kernel: str, dtype: torch.dtype) -> list[list[dict[str, Any]]]:
+    """Return what to change in the tiles of a kernel, in steps: each changes the best of the steps before."""
+    names = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
+    depth = 2 / dtype.itemsize  # rows of as many bytes
+    products = [dict(zip(names, (m, n, int(k * depth), w, s), strict=True)) for m, n, k, w, s in PRODUCTS]
+    if kernel == "entry":
+        return [products, [{"pool": (m, n, int(k * depth))} for m, n, k in POOLS], [{"interleaved": False}]]
+    if kernel == "spatial":
+        library = [{"block_m": m, "block_n": n, "num_warps": w, "library": True} for m, n, w in EPILOGUES]
+        return [products + library]
+    return [products]
+
+
+def vary(tiles: Tiles, change: dict[str, Any]) -> Tiles | None:
+    """Return ``tiles`` with a change, the pooled branch's made to fit; None where they cannot be."""
+    if tiles.pool is not None and "pool" not in change:
+        pool_m, *rest = tiles.pool
+        change = change | {"pool": (min(pool_m, change.get("block_m", tiles.block_m)), *rest)}
+    with contextlib.suppress(ValueError):
+        return replace(tiles, **change)
+    return None
+
+
+def default(key: Key) -> Tiles:
+    """Return the tiles that a launch takes without a table."""
+    return configs.DEFAULTS[key[0]](key[4], key[5].chip)
+
+
+def narrowed(tiles: Tiles, key: Key) -> Tiles:
+    """Return the tiles as ``configs.choose`` hands them out."""
+    return replace(tiles, block_n=configs.narrow(tiles.block_n, key[3]))
+
+
+class Tuner:
+    """Measure candidates, and remember what was measured in ``path``."""
+
+    def __init__(
+        self, path: Path, progress: dict[str, Any], device: torch.device, deadline: float, display: Display
+    ) -> None:
+        self.path, self.progress, self.device, self.deadline, self.display = path, progress, device, deadline, display
+        self.timer, self.rounds = (DryTimer(), 1) if device.type == "cpu" else (Timer(device), ROUNDS)
+        self.choice: Choice = {}
+        self.asked: dict[Key, None] = {}
+
+    def choose(
+        self, kernel: str, rows: int, reduction: int, columns: int, dtype: torch.dtype, gpu: target.Gpu
+    ) -> Tiles:
+        """Stand in for ``configs.choose``: the choice under test, elsewhere the default."""
+        key: Key = (kernel, rows, reduction, columns, dtype, gpu)
+        self.asked[key] = None
+        return narrowed(self.choice.get(key) or default(key), key)
+
+    def compare(self, name: str, run: Run, choice: Choice, base: Choice) -> float:
+        """Return the time of a choice over that of another, measured in turn; infinite where it is dropped."""
+        name = f"{name}: " + ", ".join(f"{key[0]} {json.dumps(asdict(tiles))}" for key, tiles in choice.items())
+        if name not in self.progress["measured"]:
+            if time.monotonic() > self.deadline:
+                raise OutOfTime
+            self.progress["measured"][name] = self._measure(run, choice, base)
+            write_json(self.progress, self.path)
+            synchronize(self.device)  # where the choice broke the device, this ends the program, and it is recorded
+        row = self.progress["measured"][name]
+        if "dropped" in row:
+            return float("inf")
+        return float(row[self.timer.unit] / row[f"default_{self.timer.unit}"])
+
+    def _measure(self, run: Run, choice: Choice, base: Choice) -> dict[str, Any]:
+        from triton.errors import TritonError
+
+        self.choice = base
+        expected = [tensor.clone() for tensor in run()]
+        self.choice = choice
+        try:
+            with launched() as kernels:
+                differs = disagreement(poisoned(run), expected)
+            spilled = max((kernel.n_spills for kernel in kernels), default=0)
+        except (TritonError, RuntimeError) as error:
+            return {"dropped": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        if spilled:
+            return {"dropped": f"spills {spilled} registers"}
+        if differs:
+            self.display.say(f"WRONG NUMBERS, dropped: {choice}: {differs}")
+            return {"dropped": differs}
+        del expected
+        own_times, base_times = [], []
+        for _ in range(self.rounds):
+            for self.choice, times in ((base, base_times), (choice, own_times)):
+                times += self.timer(run)
+        median = {"": own_times, "default_": base_times}
+        return {f"{name}{self.timer.unit}": round(statistics.median(times), 3) for name, times in median.items()}
+
+    def tune(self, unit: Unit, most: int | None) -> list[dict[str, Any]]:
+        """Return the table's entries of one block; ``most`` bounds the candidates of a step."""
+        entries = []
+        for name, run in unit.passes(self.device).items():
+            self.choice, self.asked = {}, {}
+            run()
+            best = {key: self._search(f"{unit} {name}", run, key, most) for key in self.asked}
+            if changed := {key: tiles for key, tiles in best.items() if tiles != default(key)}:
+                ratio = self.compare(f"{unit} {name} together", run, changed, {})
+                self.display.say(f"{unit} {name}: {ratio:.3f} of the time that the defaults take")
+                if ratio > MARGIN:  # faster one by one, and not together
+                    best = {key: default(key) for key in best}
+            # One kernel after another profits, so it is on for all of them or for none.
+            early = {key: replace(tiles, launch_pdl=True) for key, tiles in best.items()}
+            if any(key[5].runs_pdl for key in best) and self.compare(f"{unit} {name} early", run, early, best) < MARGIN:
+                best = early
+            entries += [
+                {"block": unit.block, "kernel": key[0], "dtype": str(key[4]).removeprefix("torch.")}
+                | dict(zip(("rows", "reduction", "columns"), key[1:4], strict=True))
+                | {"tiles": asdict(tiles)}
+                for key, tiles in best.items()
+            ]
+        return entries
+
+    def _search(self, name: str, run: Run, key: Key, most: int | None) -> Tiles:
+        """Return a kernel's best tiles: of each step the fastest, the default where nothing is faster by MARGIN."""
+        best, best_ratio = default(key), 1.0
+        seen = {narrowed(best, key)}
+        for step in variations(key[0], key[4]):
+            start = best
+            for change in step[:most]:
+                tiles = vary(start, change)
+                if tiles is None or narrowed(tiles, key) in seen:
+                    continue
+                seen.add(narrowed(tiles, key))
+                ratio = self.compare(name, run, {key: tiles}, {})
+                if ratio < min(best_ratio, MARGIN):
+                    best, best_ratio = tiles, ratio
+        return best
+
+
+def _shape(text: str) -> tuple[int, int]:
+    numbers = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if numbers is None or int(numbers[2]) < 32:
+        raise argparse.ArgumentTypeError(f"a shape must be BATCHxSIZE with images of at least 32 pixels, got {text!r}")
+    return int(numbers[1]), int(numbers[2])
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the options; a bad one ends the program with status 2 before any work."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--budget", type=float, default=float("inf"), metavar="SECONDS", help="stop then; default: when all is done")
+    add("--shapes", nargs="+", type=_shape, default=SHAPES, metavar="SHAPE", help="batch x image size, such as 128x96")
+    add("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16; fp32 is TF32")
+    add("--output", type=Path, metavar="TABLE", help="default: where the launchers look for it")
+    add("--dry-run", action="store_true", help="a tiny block in fp16 on the CPU: tests this script, times nothing")
+    args = parser.parse_args(argv)
+    if not args.budget > 0:
+        parser.error(f"--budget must be a positive number of seconds, got {args.budget:g}")
+    if args.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
+        if args.output is None or args.output.resolve().is_relative_to(configs.TUNED.resolve()):
+            parser.error("--dry-run measures nothing: it needs an --output outside of the folder of tables")
+    elif not torch.cuda.is_available():
+        parser.error("PyTorch sees no GPU here; --dry-run tests the script without one")
+    elif target.interpreted():
+        parser.error("TRITON_INTERPRET is set, which runs kernels on a CPU: unset it")
+    args.device = torch.device("cpu") if args.dry_run else torch.device("cuda", torch.cuda.current_device())
+    gpu = target.gpu(args.device)
+    args.output = args.output or configs.table_path(gpu.name)
+    args.about = conditions(args.device) | {"device": gpu.name, "dry_run": args.dry_run}
+    # A table that lies in the checkout makes it dirty by being written.
+    args.about["commit"] = args.about["commit"].removesuffix("-dirty")
+    args.path = args.output.with_name(f"{args.output.name}.progress")
+    args.progress = {"conditions": args.about, "measured": {}, "entries": {}}
+    if args.path.exists():
+        try:
+            args.progress = json.loads(args.path.read_text())
+            before, *_ = (args.progress[name] for name in ("conditions", "measured", "entries"))
+            differ = [name for name in SAME if before[name] != args.about[name]]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            parser.error(f"{args.path} is damaged, delete it to start anew: {error!r}")
+        if differ:
+            said = ", ".join(f"{name} {before[name]}, not {args.about[name]}" for name in differ)
+            parser.error(f"{args.path} was measured with {said}: delete it, or give another --output")
+    elif args.output.exists():
+        parser.error(f"{args.output} exists and {args.path.name} does not: delete it, or give another --output")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    args = parse(argv)
+    units = [
+        Unit(block, widths, batch, image_size, dtype)
+        for dtype in args.dtypes
+        for batch, image_size in args.shapes
+        for block, widths in WIDTHS.items()
+    ]
+    if args.dry_run:
+        units = [Unit("tiny", Widths(16, 8, (8, 8), (8, 8), 8), 2, 32, "fp16")]
+    display = Display(Console())
+    tuner = Tuner(args.path, args.progress, args.device, time.monotonic() + args.budget, display)
+    done = args.progress["entries"]
+    with display.live, mock.patch.object(configs, "choose", tuner.choose), torch.no_grad():
+        for i, unit in enumerate(units):
+            display.stage(str(unit), i, len(units))
+            if str(unit) in done:
+                continue
+            try:
+                done[str(unit)] = tuner.tune(unit, most=2 if args.dry_run else None)
+            except OutOfTime:
+                break
+            write_json(args.progress, args.path)
+            entries = [entry for found in done.values() for entry in found]
+            write_json({"conditions": args.progress["conditions"], "entries": entries}, args.output)
+    left = sum(str(unit) not in done for unit in units)
+    display.say(f"{args.output}: {len(done)} blocks; {f'{left} are left, run again' if left else 'all done'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""bench/tune.py: what it picks, what it drops, what it keeps, and a dry run as a whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+pytest.importorskip("triton")
+
+from triton.runtime.errors import OutOfResources
+
+from bench import trial, tune
+from bench.report import Display
+from fastinception.kernels import configs, target
+
+GPU = target.Gpu("cpu", "cpu")
+H100 = target.Gpu("NVIDIA H100 80GB HBM3", "sm_90")
+ENTRY: tune.Key = ("entry", 1000, 192, 176, torch.bfloat16, GPU)
+SPATIAL: tune.Key = ("spatial", 1000, 864, 128, torch.bfloat16, GPU)
+UNIT = trial.Unit("3a", trial.Widths(192, 64, (96, 128), (16, 32), 32), 1, 96, "bf16")
+CPU = torch.device("cpu")
+
+
+class FakeTimer:
+    """Give a choice the time that ``cost`` says, without running anything."""
+
+    unit = "us"
+
+    def __init__(self, cost: Any, tuner: tune.Tuner) -> None:
+        self.cost, self.tuner = cost, tuner
+
+    def __call__(self, run: Any) -> list[float]:
+        return [sum(self.cost(key, self.tuner.choose(*key)) for key in list(self.tuner.asked))]
+
+
+@pytest.fixture
+def make(monkeypatch, tmp_path):
+    """Build a tuner of a fake block whose kernels are ``keys``; ``run`` is called where it runs."""
+
+    def build(cost: Any = lambda key, tiles: 1.0, keys: Any = (ENTRY, SPATIAL), run: Any = None) -> tune.Tuner:
+        progress = {"conditions": {}, "measured": {}, "entries": {}}
+        tuner = tune.Tuner(tmp_path / "p", progress, CPU, time.monotonic() + 60, Display(Console(quiet=True)))
+        tuner.timer = FakeTimer(cost, tuner)
+
+        def fake() -> list[torch.Tensor]:
+            tiles = {key[0]: tuner.choose(*key) for key in keys}
+            return [torch.ones(3)] if run is None else run(tiles)
+
+        monkeypatch.setattr(trial.Unit, "passes", lambda self, device: {"forward": fake})
+        return tuner
+
+    return build
+
+
+def tiles_of(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {entry["kernel"]: entry["tiles"] for entry in entries}
+
+
+def test_the_fastest_of_each_step_is_taken(make):
+    def cost(key: tune.Key, tiles: configs.Tiles) -> float:
+        if key == SPATIAL:
+            return 10 - 5 * tiles.library - 2 * (tiles.block_m == 32)
+        parts = (tiles.block_m, tiles.num_stages) == (256, 3), tiles.pool == (32, 64, 64), not tiles.interleaved
+        return 10 - 3 * parts[0] - 2 * parts[1] - parts[2]
+
+    found = tiles_of(make(cost).tune(UNIT, None))
+    assert (found["entry"]["block_m"], found["entry"]["num_stages"], found["entry"]["num_warps"]) == (256, 3, 8)
+    assert found["entry"]["pool"] == (32, 64, 64)
+    assert found["entry"]["interleaved"] is False
+    assert (found["spatial"]["library"], found["spatial"]["block_m"]) == (True, 32)
+    assert not found["entry"]["launch_pdl"]
+
+
+def test_a_choice_within_the_noise_is_not_taken(make):
+    default = configs.DEFAULTS["spatial"](torch.bfloat16, "cpu")
+    fast = make(lambda key, tiles: 1.0 if tiles == default else 0.985, keys=[SPATIAL])
+    assert tiles_of(fast.tune(UNIT, None))["spatial"] == asdict(default)
+
+
+def test_what_is_faster_alone_and_not_together_is_not_taken(make):
+    tuner = make()
+    tuner.timer.cost = lambda key, tiles: 0.9 if len(tuner.choice) == 1 else 1.0
+    found = tiles_of(tuner.tune(UNIT, 1))
+    assert any("together" in name for name in tuner.progress["measured"])
+    assert found == {key[0]: asdict(tune.default(key)) for key in (ENTRY, SPATIAL)}
+
+
+@pytest.mark.parametrize(("saving", "taken"), [(0.1, True), (0.01, False)])
+def test_an_early_launch_is_for_all_kernels_or_for_none(make, saving, taken):
+    keys = [(*ENTRY[:5], H100), (*SPATIAL[:5], H100)]
+    tuner = make(lambda key, tiles: 1.0 - saving * tiles.launch_pdl, keys=keys)
+    assert [entry["tiles"]["launch_pdl"] for entry in tuner.tune(UNIT, 1)] == [taken, taken]
+
+
+def test_a_table_is_made_of_the_shapes_that_launches_ask_for(make, tmp_path):
+    (entry, spatial) = make().tune(UNIT, 1)
+    assert (entry["rows"], entry["reduction"], entry["columns"], entry["dtype"]) == (1000, 192, 176, "bfloat16")
+    table = {"conditions": dict.fromkeys(configs.CONDITIONS, "") | {"device": "cpu"}, "entries": [entry, spatial]}
+    (tmp_path / "cpu.json").write_text(json.dumps(table))
+    read = configs.read_table(tmp_path / "cpu.json")
+    assert [(*line[:1], *line[2:5], line.dtype) for line in read] == [ENTRY[:5], SPATIAL[:5]]
+    assert [line.tiles for line in read] == [tune.default(ENTRY), tune.default(SPATIAL)]
+
+
+def test_candidates_that_narrow_to_the_same_are_measured_once(make):
+    key: tune.Key = ("spatial", 1000, 400, 16, torch.bfloat16, GPU)
+    tuner = make(keys=[key])
+    tuner.tune(UNIT, None)
+    measured = [configs.Tiles(**json.loads(name.split("spatial ")[1])) for name in tuner.progress["measured"]]
+    assert len(measured) > 5
+    assert len({tune.narrowed(tiles, key) for tiles in measured}) == len(measured)
+
+
+def failing(error: Exception) -> Any:
+    def run(tiles: dict[str, configs.Tiles]) -> list[torch.Tensor]:
+        if tiles["spatial"].num_stages != 3:
+            raise error
+        return [torch.ones(3)]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (failing(OutOfResources(300000, 232448, "shared memory")), "OutOfResources: out of resource: shared memory"),
+        (failing(RuntimeError("PassManager::run failed")), "RuntimeError: PassManager::run failed"),
+        (lambda tiles: [torch.ones(3) * (1 + (tiles["spatial"].num_stages != 3) * 0.01)], "result 0 is off by 1.0e-02"),
+        (lambda tiles: [torch.ones(3) / (tiles["spatial"].num_stages == 3)], "result 0 is off by inf"),
+        (
+            lambda tiles: [torch.ones(3) if tiles["spatial"].num_stages == 3 else torch.empty(3)],
+            "result 0 is off by nan",
+        ),
+        (lambda tiles: [torch.full((9,), tiles["spatial"].num_stages, dtype=torch.uint8)], "result 0 is off by 1.0e"),
+    ],
+)
+def test_what_fails_or_computes_something_else_is_dropped(make, run, reason):
+    tuner = make(lambda key, tiles: 1.0 if tiles.num_stages == 3 else 0.1, run=run)
+    best = tiles_of(tuner.tune(UNIT, None))["spatial"]
+    assert best["num_stages"] == 3
+    dropped = [row["dropped"] for row in tuner.progress["measured"].values() if "dropped" in row]
+    assert dropped
+    assert all(reason in words for words in dropped)
+
+
+def test_what_spills_is_dropped(make, monkeypatch):
+    class Kernel:
+        n_spills = 12
+
+    tuner = make(lambda key, tiles: 1.0 if key[0] == "entry" else 0.1)
+    monkeypatch.setattr(tune, "launched", lambda: contextlib.nullcontext([Kernel()]))
+    tuner.tune(UNIT, None)
+    assert {row.get("dropped") for row in tuner.progress["measured"].values()} == {"spills 12 registers"}
+
+
+def test_small_differences_agree():
+    half = torch.randn(1000, dtype=torch.float16)
+    assert trial.disagreement([half * (1 + 2**-10)], [half]) is None
+    assert trial.disagreement([torch.empty(0)], [torch.empty(0)]) is None
+    bits = torch.zeros(1000, dtype=torch.uint8)
+    assert trial.disagreement([(torch.arange(1000) < 40).byte()], [bits]) is None
+    assert "result 1" in (trial.disagreement([half, (torch.arange(1000) < 60).byte()], [half, bits]) or "")
+
+
+# The command
+
+
+needs_interpreter = pytest.mark.skipif(not target.interpreted(), reason="a dry run switches the interpreter on")
+
+
+@needs_interpreter
+def test_a_dry_run_and_going_on_after_a_kill(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    table = tmp_path / "cpu.json"
+    command = ["--dry-run", "--dtypes", "bf16", "--output", str(table)]
+    measured: list[str] = []
+    original = tune.Tuner.compare
+
+    def killed(self: tune.Tuner, name: str, *rest: Any) -> float:
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        ratio = original(self, name, *rest)
+        measured[:] = self.progress["measured"]
+        return ratio
+
+    monkeypatch.setattr(tune.Tuner, "compare", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(command)
+    assert not table.exists()
+    progress = Path(f"{table}.progress")
+    first = json.loads(progress.read_text())["measured"]
+    assert len(first) == 3
+    monkeypatch.setattr(tune.Tuner, "compare", original)
+    assert tune.main(command) == 0
+    second = json.loads(progress.read_text())["measured"]
+    assert len(second) > len(first)
+    assert {name: second[name] for name in first} == first  # not measured again
+    entries = configs.read_table(table)
+    assert [entry.kernel for entry in entries][:2] == ["entry", "spatial"]
+    assert {entry.dtype for entry in entries} == {torch.float16}
+    assert all("us" not in row for row in second.values())
+    assert json.loads(table.read_text())["conditions"]["dry_run"] is True
+    assert "all done" in capsys.readouterr().out
+    # Finished: nothing is run at all.
+    monkeypatch.setattr(trial.Unit, "passes", None)
+    content = table.read_text()
+    assert tune.main(command) == 0
+    assert table.read_text() == content
+
+
+@pytest.fixture
+def fake_block(monkeypatch):
+    """Let a dry run's block be nothing but the question for one kernel's tiles."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def passes(self: trial.Unit, device: torch.device) -> dict[str, Any]:
+        return {"forward": lambda: [torch.ones(configs.choose(*SPATIAL).num_stages // 99 + 1)]}
+
+    monkeypatch.setattr(trial.Unit, "passes", passes)
+
+
+def test_a_spent_budget_is_said_and_is_no_error(fake_block, tmp_path, capsys):
+    output = ["--output", str(tmp_path / "cpu.json")]
+    assert tune.main(["--dry-run", "--budget", "1e-9", *output]) == 0
+    assert "0 blocks; 1 are left, run again" in capsys.readouterr().out
+    assert tune.main(["--dry-run", *output]) == 0
+    assert "1 blocks; all done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "is damaged, delete it"),
+        ("{", "is damaged, delete it"),
+        ('{"conditions": {"device": "cpu"}, "measured": {}, "entries": {}}', "is damaged, delete it.*driver"),
+        ('{"conditions": {}, "entries": {}}', "is damaged, delete it.*measured"),
+    ],
+)
+def test_damaged_progress_is_refused(fake_block, tmp_path, capsys, content, message):
+    (tmp_path / "cpu.json.progress").write_text(content)
+    refused(["--dry-run", "--output", str(tmp_path / "cpu.json")], message, capsys)
+
+
+@pytest.mark.parametrize("what", ["device", "driver", "torch", "triton", "commit"])
+def test_progress_of_other_conditions_is_refused(fake_block, tmp_path, capsys, what):
+    output = ["--dry-run", "--output", str(tmp_path / "cpu.json")]
+    tune.main(output)
+    path = tmp_path / "cpu.json.progress"
+    progress = json.loads(path.read_text())
+    progress["conditions"][what] = "other"
+    path.write_text(json.dumps(progress))
+    refused(output, f"was measured with {what} other, not", capsys)
+
+
+def test_a_table_without_its_progress_is_not_overwritten(fake_block, tmp_path, capsys):
+    (tmp_path / "cpu.json").write_text("{}")
+    refused(["--dry-run", "--output", str(tmp_path / "cpu.json")], "cpu.json.progress does not", capsys)
+    assert (tmp_path / "cpu.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "0"], "--budget must be a positive number of seconds, got 0"),
+        (["--budget", "nan"], "--budget must be a positive"),
+        (["--shapes", "128"], "BATCHxSIZE.*got '128'"),
+        (["--shapes", "0x96"], "BATCHxSIZE.*got '0x96'"),
+        (["--shapes", "8x31"], "at least 32 pixels, got '8x31'"),
+        (["--dtypes", "fp64"], "invalid choice: 'fp64'"),
+        (["--dry-run"], "needs an --output outside"),
+        (["--dry-run", "--output", str(configs.TUNED / "cpu.json")], "needs an --output outside"),
+    ],
+)
+def test_bad_arguments_are_named(monkeypatch, arguments, message, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    refused(arguments, message, capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_no_gpu_is_an_error(capsys):
+    refused([], "PyTorch sees no GPU here", capsys)
+
+
+def refused(arguments: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tune.main(arguments)
+    assert ended.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, said), said
