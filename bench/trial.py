@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
@@ -78,14 +77,13 @@ class Timer:
 
 
 class DryTimer:
-    """Stand in for a Timer on a CPU; its unit says that its figures are no GPU's."""
+    """Stand in for a Timer on a CPU: it says that every choice takes the same time."""
 
-    unit = "dry_us"
+    unit = "dry"
 
     def __call__(self, run: Run) -> list[float]:
-        start = time.perf_counter()
-        run()
-        return [1e6 * (time.perf_counter() - start)]
+        """Return a time that is none."""
+        return [1.0]
 
 
 @contextlib.contextmanager

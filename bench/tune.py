@@ -73,7 +73,7 @@ def variations(kernel: str, dtype: torch.dtype) -> list[list[dict[str, Any]]]:
         return [products, [{"pool": (m, n, int(k * depth))} for m, n, k in POOLS], [{"interleaved": False}]]
     if kernel == "spatial":
         library = [{"block_m": m, "block_n": n, "num_warps": w, "library": True} for m, n, w in EPILOGUES]
-        return [products + library]
+        return [library + products]
     return [products]
 
 
@@ -104,9 +104,10 @@ class Tuner:
         self, path: Path, progress: dict[str, Any], device: torch.device, deadline: float, display: Display
     ) -> None:
         self.path, self.progress, self.device, self.deadline, self.display = path, progress, device, deadline, display
-        self.timer, self.rounds = (DryTimer(), 1) if device.type == "cpu" else (Timer(device), ROUNDS)
+        self.timer = DryTimer() if device.type == "cpu" else Timer(device)
         self.choice: Choice = {}
         self.asked: dict[Key, None] = {}
+        self.expected: list[torch.Tensor] = []  # of the defaults
 
     def choose(
         self, kernel: str, rows: int, reduction: int, columns: int, dtype: torch.dtype, gpu: target.Gpu
@@ -133,12 +134,10 @@ class Tuner:
     def _measure(self, run: Run, choice: Choice, base: Choice) -> dict[str, Any]:
         from triton.errors import TritonError
 
-        self.choice = base
-        expected = [tensor.clone() for tensor in run()]
         self.choice = choice
         try:
             with launched() as kernels:
-                differs = disagreement(poisoned(run), expected)
+                differs = disagreement(poisoned(run), self.expected)
             spilled = max((kernel.n_spills for kernel in kernels), default=0)
         except (TritonError, RuntimeError) as error:
             return {"dropped": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
@@ -147,9 +146,8 @@ class Tuner:
         if differs:
             self.display.say(f"WRONG NUMBERS, dropped: {choice}: {differs}")
             return {"dropped": differs}
-        del expected
         own_times, base_times = [], []
-        for _ in range(self.rounds):
+        for _ in range(ROUNDS):
             for self.choice, times in ((base, base_times), (choice, own_times)):
                 times += self.timer(run)
         median = {"": own_times, "default_": base_times}
@@ -160,7 +158,7 @@ class Tuner:
         entries = []
         for name, run in unit.passes(self.device).items():
             self.choice, self.asked = {}, {}
-            run()
+            self.expected = [tensor.clone() for tensor in run()]
             best = {key: self._search(f"{unit} {name}", run, key, most) for key in self.asked}
             if changed := {key: tiles for key, tiles in best.items() if tiles != default(key)}:
                 ratio = self.compare(f"{unit} {name} together", run, changed, {})
@@ -266,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
             if str(unit) in done:
                 continue
             try:
-                done[str(unit)] = tuner.tune(unit, most=2 if args.dry_run else None)
+                done[str(unit)] = tuner.tune(unit, most=1 if args.dry_run else None)
             except OutOfTime:
                 break
             write_json(args.progress, args.path)
