@@ -5,9 +5,9 @@ python bench/tune.py --budget 600                       # ten minutes of it; aga
 python bench/tune.py --shapes 1x224 --dtypes bf16 fp16  # batch x image size
 python bench/tune.py --dry-run --output dry.json        # no GPU: a tiny block on the CPU; tests the script
 
-A block runs as a whole: forward, for inference and for training, since one table serves both; then backward. Each call
-finds a cold L2 cache, and one kernel's tiles differ from the default's, beside which they are timed. What spills, does
-not fit the chip or changes the numbers is dropped. All that was measured is kept in TABLE.progress.
+A block runs as a whole: forward for inference, forward for training, backward. Each call finds a cold L2 cache, and one
+kernel's tiles differ from the default's, beside which they are timed. What spills, does not fit the chip or changes the
+numbers is dropped. All that was measured is kept in TABLE.progress.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ except ModuleNotFoundError as missing:
 SHAPES = ((128, 96), (256, 224), (1, 224), (32, 224))
 # Sizes for two-byte types: block_m, block_n, block_k, num_warps, num_stages.
 PRODUCTS = (
-    (128, 128, 64, 8, 4), (256, 128, 64, 8, 4), (256, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 64, 64, 4, 3),
-    (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), (64, 32, 64, 4, 5),
+    (128, 128, 64, 8, 4), (256, 128, 64, 8, 4), (256, 128, 64, 16, 4), (128, 256, 64, 8, 3), (128, 256, 64, 16, 3),
+    (128, 64, 64, 4, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), (64, 32, 64, 4, 5),
 )  # fmt: skip
 POOLS = ((64, 64, 32), (128, 128, 32), (32, 64, 64), (16, 64, 128))
 EPILOGUES = ((64, 128, 8), (64, 64, 4), (32, 128, 4))  # behind the library: block_m, block_n, num_warps
@@ -69,9 +69,9 @@ def variations(kernel: str, dtype: torch.dtype) -> list[list[dict[str, Any]]]:
     names = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
     depth = 2 / dtype.itemsize  # rows of as many bytes
     products = [dict(zip(names, (m, n, int(k * depth), w, s), strict=True)) for m, n, k, w, s in PRODUCTS]
-    if kernel == "entry":
+    if kernel in ("entry", "entry_train"):
         return [products, [{"pool": (m, n, int(k * depth))} for m, n, k in POOLS], [{"interleaved": False}]]
-    if kernel == "spatial":
+    if kernel in ("spatial", "spatial_train"):
         library = [{"block_m": m, "block_n": n, "num_warps": w, "library": True} for m, n, w in EPILOGUES]
         return [library + products]
     return [products]

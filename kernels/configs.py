@@ -89,9 +89,12 @@ def _entry(dtype: torch.dtype, chip: str) -> Tiles:
 
 
 # By the kernel's name: the tiles where no table has any, for a dtype and a chip. A new kernel is one line here.
+# "_train" is the same kernel where it also stores what the backward needs: that takes registers, and large tiles spill.
 DEFAULTS: dict[str, Callable[[torch.dtype, str], Tiles]] = {
     "entry": _entry,
+    "entry_train": _entry,
     "spatial": _level,
+    "spatial_train": _level,
     "data_gradient": _level,
     "entry_gradient": _level,
     "weight_gradient": _level,
@@ -234,7 +237,7 @@ def _entry_of(
         if type(size) is not int or size < 1:
             raise ValueError(f"{name} must be a positive int, got {size!r}")
     pool = tiles.get("pool")
-    if kernel == "entry" and pool is None:
-        raise ValueError("entry needs pool, the tile of its pooled branch")
+    if (pool is None) is not (DEFAULTS[kernel](type_, "").pool is None):
+        raise ValueError(f"the entry level has a pool's tile and no other has, got {pool} for {kernel}")
     own = Tiles(**tiles | {"pool": None if pool is None else tuple(pool)})
     return Entry(kernel, type_, rows, reduction, columns, own)

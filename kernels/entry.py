@@ -268,7 +268,8 @@ def entry(
     rows = n * height * width
     widths = tuple(w.shape[0] for w in weights)
     gpu = target.gpu(x.device)
-    tiles = tiles or configs.choose("entry", rows, channels, sum(widths), x.dtype, gpu)
+    kernel = "entry" if saved is None else "entry_train"
+    tiles = tiles or configs.choose(kernel, rows, channels, sum(widths), x.dtype, gpu)
     pool_m, pool_n, pool_k = tiles.pool
     # Not below 64, the least that a Hopper tensor-core instruction takes: the product is transposed.
     pool_n = configs.narrow(pool_n, max(pool_weight.shape[0], 64))

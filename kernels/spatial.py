@@ -172,8 +172,9 @@ def spatial(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, *, tiles: c
     rows = n * out_height * out_width
     gpu = target.gpu(out.device)
     if tiles is None:
+        kernel = "spatial" if mask is None else "spatial_train"
         largest = max((conv.weight.shape for conv in convs), key=torch.Size.numel)
-        tiles = configs.choose("spatial", rows, largest[1:].numel(), largest[0], out.dtype, gpu)
+        tiles = configs.choose(kernel, rows, largest[1:].numel(), largest[0], out.dtype, gpu)
     if tiles.library:
         library(convs, out, mask, tiles)
         return

@@ -76,7 +76,7 @@ def test_defaults(dtype, chip):
             tiles = configs.choose(kernel, 100, 64, columns, dtype, target.Gpu("", chip))
             assert tiles.block_k * dtype.itemsize == 128
             assert min(columns, 128) <= max(tiles.block_n, 16) < max(2 * columns, 17)
-            assert (tiles.pool is not None) is (kernel == "entry")
+            assert (tiles.pool is not None) is (kernel in ("entry", "entry_train"))
             assert tiles.num_stages == (4 if chip == "sm_80" else 3)
             assert not tiles.launch_pdl
             assert not tiles.library
@@ -167,14 +167,15 @@ GOOD = {"conditions": CONDITIONS, "entries": [entry()]}
         (GOOD | {"conditions": CONDITIONS | {"device": None}}, "lower"),
         (GOOD | {"entries": 3}, "not iterable"),
         (GOOD | {"entries": ["spatial"]}, "must be a mapping"),
-        (GOOD | {"entries": [entry("conv")]}, "kernel must be one of entry, spatial.*, got 'conv'"),
+        (GOOD | {"entries": [entry("conv")]}, "kernel must be one of entry, .*, got 'conv'"),
         (GOOD | {"entries": [entry(dtype="bf16")]}, "dtype must be the name of a torch.dtype, got 'bf16'"),
         (GOOD | {"entries": [entry(shape=(0, 1, 1))]}, "rows must be a positive int, got 0"),
         (GOOD | {"entries": [entry(shape=(1, 1.5, 1))]}, "reduction must be a positive int, got 1.5"),
         (GOOD | {"entries": [entry(shape=(1, 1, True))]}, "columns must be a positive int, got True"),
         (GOOD | {"entries": [entry(block_m=48)]}, "block_m must be a power of two"),
         (GOOD | {"entries": [entry(block_q=64)]}, "block_q"),
-        (GOOD | {"entries": [entry("entry")]}, "entry needs pool"),
+        (GOOD | {"entries": [entry("entry")]}, "has a pool's tile and no other has, got None for entry"),
+        (GOOD | {"entries": [entry(pool=[16, 16, 16])]}, r"no other has, got \[16, 16, 16\] for spatial"),
         (GOOD | {"entries": [entry() | {"tiles": [1]}]}, "list"),
         (GOOD | {"entries": [{"kernel": "spatial"}]}, "missing 5 required"),
     ],
@@ -211,8 +212,13 @@ def test_launchers_follow_the_table_and_their_keyword(tuned, monkeypatch):
     from fastinception.kernels import spatial as spatial_module
 
     conditions = CONDITIONS | {"device": "cpu"}
-    two = [entry("entry", "float32", block_m=32, pool=[16, 32, 16]), entry(dtype="float32", block_k=64)]
-    (tuned / "cpu.json").write_text(json.dumps({"conditions": conditions, "entries": two}))
+    entries = [
+        entry("entry", "float32", block_m=32, pool=[16, 32, 16]),
+        entry(dtype="float32", block_k=64),
+        entry("entry_train", "float32", num_warps=2, pool=[16, 32, 16]),
+        entry("spatial_train", "float32", num_warps=1),
+    ]
+    (tuned / "cpu.json").write_text(json.dumps({"conditions": conditions, "entries": entries}))
     kernels = {"entry": Recorder(), "spatial": Recorder()}
     monkeypatch.setattr(entry_module, "_entry_kernel", kernels["entry"])
     monkeypatch.setattr(spatial_module, "_spatial_kernel", kernels["spatial"])
@@ -220,14 +226,16 @@ def test_launchers_follow_the_table_and_their_keyword(tuned, monkeypatch):
     w1, w3 = torch.empty(100, 8, 1, 1), torch.empty(40, 8, 3, 3)
     out, bias = torch.empty(2, 200, 5, 5), torch.empty(100)
 
-    def launch(**options: Any) -> None:
-        entry_module.entry(x, (w1,), (bias,), w1, bias, out, 100, (), None, 0, **options)
-        spatial_module.spatial([spatial_module.Conv(x, w3, bias[:40], 0, padding=(1, 1))], out, None, **options)
+    def launch(mask: torch.Tensor | None = None, **options: Any) -> None:
+        entry_module.entry(x, (w1,), (bias,), w1, bias, out, 100, (), mask, 0, **options)
+        spatial_module.spatial([spatial_module.Conv(x, w3, bias[:40], 0, padding=(1, 1))], out, mask, **options)
 
     launch()
     # 50 rows: two tiles, each with two columns of the GEMM and two times four of the pooled branch.
     assert (kernels["entry"].BLOCK_M, kernels["entry"].POOL_M, kernels["entry"].grid) == (32, 16, (2 * (2 + 2 * 4),))
     assert (kernels["spatial"].BLOCK_M, kernels["spatial"].BLOCK_K, kernels["spatial"].grid) == (64, 64, (1,))
+    launch(torch.empty(50, 25, dtype=torch.uint8))
+    assert (kernels["entry"].num_warps, kernels["spatial"].num_warps) == (2, 1)
     launch(tiles=configs.Tiles(16, 16, 16, 1, 1, pool=(16, 16, 16)))
     assert (kernels["entry"].BLOCK_M, kernels["entry"].num_warps, kernels["entry"].grid) == (16, 1, (4 * (7 + 7),))
     assert (kernels["spatial"].BLOCK_K, kernels["spatial"].grid) == (16, (4 * 3,))

@@ -667,7 +667,7 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_launches_and_no_other_work(monkeypatch, grad, weight_format, engine):
     if engine:
-        monkeypatch.setitem(configs.DEFAULTS, "spatial", lambda dtype, chip: LIBRARY)
+        monkeypatch.setitem(configs.DEFAULTS, "spatial_train" if grad else "spatial", lambda dtype, chip: LIBRARY)
     configs.choose.cache_clear()
     block = FastInception(16, 9, (4, 8), (3, 5), 7, backend="triton").to(DEVICE, memory_format=weight_format)
     x = normal(2, 16, 4, 5).contiguous(memory_format=torch.channels_last).to(DEVICE)

@@ -26,7 +26,7 @@ entry = configs.DEFAULTS["entry"](aot.DTYPES["bf16"], "sm_90")
 entry = dataclasses.replace(entry, interleaved=False, launch_pdl=True)
 recorder = aot._Recorder()
 with mock.patch.object(library, "_library_kernel", recorder) as _, mock.patch.dict(
-    configs.DEFAULTS, {"entry": lambda *_: entry, "spatial": lambda *_: level}
+    configs.DEFAULTS, {"entry_train": lambda *_: entry, "spatial_train": lambda *_: level}
 ):
     launches = aot.launches("sm_90", WIDTHS["3a"], aot.DTYPES["bf16"], True)
 launches = {"entry": launches["entry"], "library": (library._library_kernel, recorder.args, recorder.kwargs)}

@@ -70,11 +70,11 @@ def test_the_fastest_of_each_step_is_taken(make):
     def cost(key: tune.Key, tiles: configs.Tiles) -> float:
         if key == SPATIAL:
             return 10 - 5 * tiles.library - 2 * (tiles.block_m == 32)
-        parts = (tiles.block_m, tiles.num_stages) == (256, 3), tiles.pool == (32, 64, 64), not tiles.interleaved
+        parts = (tiles.block_n, tiles.num_warps) == (256, 16), tiles.pool == (32, 64, 64), not tiles.interleaved
         return 10 - 3 * parts[0] - 2 * parts[1] - parts[2]
 
     found = tiles_of(make(cost).tune(UNIT, None))
-    assert (found["entry"]["block_m"], found["entry"]["num_stages"], found["entry"]["num_warps"]) == (256, 3, 8)
+    assert [found["entry"][name] for name in ("block_m", "block_n", "num_stages", "num_warps")] == [128, 256, 3, 16]
     assert found["entry"]["pool"] == (32, 64, 64)
     assert found["entry"]["interleaved"] is False
     assert (found["spatial"]["library"], found["spatial"]["block_m"]) == (True, 32)
@@ -207,7 +207,7 @@ def test_a_dry_run_and_going_on_after_a_kill(monkeypatch, tmp_path, capsys):
     assert len(second) > len(first)
     assert {name: second[name] for name in first} == first  # not measured again
     entries = configs.read_table(table)
-    assert [entry.kernel for entry in entries][:2] == ["entry", "spatial"]
+    assert [entry.kernel for entry in entries][:4] == ["entry", "spatial", "entry_train", "spatial_train"]
     assert {entry.dtype for entry in entries} == {torch.float16}
     # No row has a figure that could be taken for a time.
     assert {name for row in second.values() for name in row} == {"dry", "default_dry"}
