@@ -154,14 +154,17 @@ def test_what_fails_or_computes_something_else_is_dropped(make, run, reason):
     assert all(reason in words for words in dropped)
 
 
-def test_what_spills_is_dropped(make, monkeypatch):
+def test_what_spills_more_than_the_defaults_is_dropped(make, monkeypatch):
     class Kernel:
-        n_spills = 12
+        @property
+        def n_spills(self) -> int:
+            return 12 if all(tiles.num_warps == 8 for tiles in tuner.choice.values()) else 20
 
-    tuner = make(lambda key, tiles: 1.0 if key[0] == "entry" else 0.1)
+    tuner = make(lambda key, tiles: 1.0 if tiles.num_warps == 8 and tiles.num_stages == 3 else 0.1, keys=[SPATIAL])
     monkeypatch.setattr(tune, "launched", lambda: contextlib.nullcontext([Kernel()]))
-    tuner.tune(UNIT, None)
-    assert {row.get("dropped") for row in tuner.progress["measured"].values()} == {"spills 12 registers"}
+    assert tiles_of(tuner.tune(UNIT, None))["spatial"]["num_warps"] == 8
+    for name, row in tuner.progress["measured"].items():
+        assert row.get("dropped") == (None if '"num_warps": 8' in name else "spills 20 registers, the defaults 12")
 
 
 def test_small_differences_agree():
@@ -280,6 +283,7 @@ def test_a_table_without_its_progress_is_not_overwritten(fake_block, tmp_path, c
         (["--shapes", "8x31"], "at least 32 pixels, got '8x31'"),
         (["--dtypes", "fp64"], "invalid choice: 'fp64'"),
         (["--dry-run"], "needs an --output outside"),
+        (["--dry-run", "--output", "no/such/table.json"], "no/such/table.json: there is no such folder"),
         (["--dry-run", "--output", str(configs.TUNED / "cpu.json")], "needs an --output outside"),
     ],
 )
