@@ -227,7 +227,8 @@ def test_launchers_follow_the_table_and_their_keyword(tuned, monkeypatch):
     out, bias = torch.empty(2, 200, 5, 5), torch.empty(100)
 
     def launch(mask: torch.Tensor | None = None, **options: Any) -> None:
-        entry_module.entry(x, (w1,), (bias,), w1, bias, out, 100, (), mask, 0, **options)
+        saved = None if mask is None else (mask, out, mask)
+        entry_module.entry(x, (w1,), (bias,), w1, bias, out, 100, (), saved, 0, **options)
         spatial_module.spatial([spatial_module.Conv(x, w3, bias[:40], 0, padding=(1, 1))], out, mask, **options)
 
     launch()
