@@ -3,17 +3,16 @@
 python bench/host_cost.py
 
 Triton's launches are stubbed out, so that no GPU is needed; what Triton's own launcher takes is not in it. The plain
-block's time includes its operators on a few numbers, which is what the host pays for it on any device.
+block's time includes its operators on a few numbers, which is about what the host pays for it on any device.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,39 +35,57 @@ class _Stub:
 
 @contextmanager
 def stubbed() -> Iterator[None]:
-    """Replace both kernels by stubs."""
-    from fastinception.kernels import entry, spatial
+    """Replace all kernels by stubs."""
+    from bench.aot import KERNELS
 
-    with mock.patch.object(entry, "_entry_kernel", _Stub()), mock.patch.object(spatial, "_spatial_kernel", _Stub()):
+    with ExitStack() as patched:
+        for name, module in KERNELS.items():
+            patched.enter_context(mock.patch.object(module, f"_{name}_kernel", _Stub()))
         yield
 
 
-def measure(rounds: int = 2000) -> dict[str, dict[str, float]]:
-    """Return microseconds a call, medians, by block (``"plain"``, ``"FastInception"``) and kind of call.
+def measure(rounds: int = 30, calls: int = 50) -> dict[str, dict[str, float]]:
+    """Return microseconds a call, least of all rounds, by block (``"plain"``, ``"FastInception"``) and kind of call.
 
-    Needs ``TRITON_INTERPRET=1``, which lets the launchers take CPU tensors.
+    The processor's time of this thread, so that others on the machine count little; each round is the mean of
+    ``calls`` calls. Needs ``TRITON_INTERPRET=1``, which lets the launchers take CPU tensors.
     """
     x = torch.rand(1, 16, 2, 2).contiguous(memory_format=torch.channels_last)
-    blocks = {"plain": Inception(*WIDTHS), "FastInception": FastInception(*WIDTHS, backend="triton")}
+    leaf = x.clone().requires_grad_()
+    blocks: dict[str, Any] = {"plain": Inception(*WIDTHS), "FastInception": FastInception(*WIDTHS, backend="triton")}
+    leaves = {}
+    for name, block in blocks.items():
+        block.to(memory_format=torch.channels_last)
+        leaves[name] = [leaf, *block.parameters()]
+    grad = torch.rand_like(blocks["plain"](x))
 
-    def inference(block: Any) -> None:
+    def inference(name: str) -> None:
         with torch.inference_mode():
-            block(x)
+            blocks[name](x)
 
-    calls = {"inference": inference, "forward with grad": lambda block: block(x)}
+    def forward(name: str) -> None:
+        blocks[name](leaf)
+
+    def step(name: str) -> None:
+        blocks[name](leaf).backward(grad)
+        for t in leaves[name]:
+            t.grad = None
+
+    kinds = {"inference": inference, "forward with grad": forward, "forward + backward": step}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    samples: dict[tuple[str, str], list[float]] = {(name, kind): [] for name in blocks for kind in calls}
+    samples: dict[tuple[str, str], list[float]] = {(name, kind): [] for name in blocks for kind in kinds}
     try:
         with stubbed():
             for _ in range(rounds):  # interleaved: a slow moment of the machine falls on all
                 for (name, kind), times in samples.items():
-                    start = time.perf_counter()
-                    calls[kind](blocks[name])
-                    times.append(1e6 * (time.perf_counter() - start))
+                    start = time.thread_time()
+                    for _ in range(calls):
+                        kinds[kind](name)
+                    times.append(1e6 * (time.thread_time() - start) / calls)
     finally:
         torch.set_num_threads(threads)
-    return {name: {kind: statistics.median(samples[name, kind]) for kind in calls} for name in blocks}
+    return {name: {kind: min(samples[name, kind]) for kind in kinds} for name in blocks}
 
 
 if __name__ == "__main__":

@@ -105,10 +105,20 @@ class Tuner:
     ) -> None:
         self.path, self.progress, self.device, self.deadline, self.display = path, progress, device, deadline, display
         self.timer = DryTimer() if device.type == "cpu" else Timer(device)
-        self.choice: Choice = {}
+        self.choice = {}
         self.asked: dict[Key, None] = {}
         self.expected: list[torch.Tensor] = []  # of the defaults
         self.spilled = 0  # registers of all their kernels
+
+    @property
+    def choice(self) -> Choice:
+        """The tiles under test; the defaults elsewhere."""
+        return self._choice
+
+    @choice.setter
+    def choice(self, choice: Choice) -> None:
+        self._choice = choice
+        configs.forget()
 
     def choose(
         self, kernel: str, rows: int, reduction: int, columns: int, dtype: torch.dtype, gpu: target.Gpu
@@ -275,6 +285,7 @@ def main(argv: list[str] | None = None) -> int:
             write_json(args.progress, args.path)
             entries = [entry for found in done.values() for entry in found]
             write_json({"conditions": args.progress["conditions"], "entries": entries}, args.output)
+    configs.forget()
     left = sum(str(unit) not in done for unit in units)
     display.say(f"{args.output}: {len(done)} blocks; {f'{left} are left, run again' if left else 'all done'}")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -52,11 +51,7 @@ def inception(x: Tensor, params: Sequence[Tensor], *, backend: str = "auto", out
         y = ops.empty_output(x, params)
         aten.forward(x, params, y)
         return y
-    if path.name == "aten":
-        y, *_ = torch.ops.fastinception.aten_forward(x, *params)
-    else:
-        y, *_ = torch.ops.fastinception.triton_forward(x, *params, needs_grad)
-    return cast(Tensor, y)
+    return ops.run(path.name, x, params, needs_grad)
 
 
 def prepare(x: Tensor, params: Sequence[Tensor], backend: str) -> tuple[Path, Tensor, list[Tensor]]:

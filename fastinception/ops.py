@@ -77,14 +77,12 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastinception::aten_forward", "default")
 def _aten_forward(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
     out = empty_output(x, params)
     saved = aten.forward_saving(x, params, out)
     return out, *(_as_promised(tensor, _channels_last_strides(tensor.shape)) for tensor in saved)
 
 
-@torch.library.impl("fastinception::triton_forward", "default")
 def _triton_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     from fastinception.kernels import block
 
@@ -113,6 +111,8 @@ def _as_promised(result: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device).copy_(result)
 
 
+torch.library.impl("fastinception::aten_forward", "default")(_aten_forward)  # as a decorator it would return None
+torch.library.impl("fastinception::triton_forward", "default")(_triton_forward)
 torch.library.register_fake("fastinception::aten_forward", lambda x, *params: _empty_aten_outputs(x, params))
 torch.library.register_fake(
     "fastinception::triton_forward", lambda x, *args: _empty_triton_outputs(x, args[:12], args[12])
@@ -179,20 +179,22 @@ def _empty_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[T
     )
 
 
-def _all_gradients(grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return what ``_empty_gradients`` promises, filled."""
-    results = []
-    for grad, t in zip(grads, inputs, strict=True):
-        if grad is None:
-            results.append(_dense(t, (0,), torch.contiguous_format))
-            continue
-        dense = t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
-        results.append(_as_promised(grad, t.stride() if dense else torch.empty_like(t, device="meta").stride()))
-    return tuple(results)
+def _finish(grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the gradients with the strides that ``_empty_gradients`` promises, and memory of their own."""
+    results = list(grads)
+    for i, (grad, t) in enumerate(zip(grads, inputs, strict=True)):
+        if grad is not None:
+            dense = t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
+            results[i] = _as_promised(grad, t.stride() if dense else torch.empty_like(t, device="meta").stride())
+    return results
 
 
-@torch.library.impl("fastinception::aten_backward", "default")
-def _aten_backward(grad_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _without_none(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """Return what an operator may: an empty tensor for each gradient that is not needed."""
+    return tuple([_dense(like, (0,), torch.contiguous_format) if grad is None else grad for grad in grads])
+
+
+def _aten_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | None]:
     *params, r2, r3, p1, p2, p3, p4, pooled, indices, needs = args
     branches = (p1, p2, p3, p4)
     grads_out = grad_out.split(_widths(params), dim=1)
@@ -201,45 +203,70 @@ def _aten_backward(grad_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...
         return cast(Tensor, torch.ops.aten.threshold_backward.grad_input(grads_out[i], branches[i], 0, grad_input=out))
 
     grads = aten.backward(gradient, x, params, r2, r3, (pooled, indices), needs)
-    return _all_gradients(grads, (x, *params))
+    return _finish(grads, (x, *params))
 
 
-@torch.library.impl("fastinception::triton_backward", "default")
-def _triton_backward(grad_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _triton_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | None]:
     from fastinception.kernels import block
 
     *params, r2, r3, mask, pooled, codes, needs = args
     inputs = (x, *params)
-    formats = [memory_format(x), *(torch.channels_last if t.dim() == 4 else torch.contiguous_format for t in params)]
-    grads = [
-        _dense(t, t.shape, format) if need else None for t, format, need in zip(inputs, formats, needs, strict=True)
-    ]
+    grads = [_dense(x, x.shape, memory_format(x)) if needs[0] else None]
+    grads += [_empty_gradient(t) if need else None for t, need in zip(params, needs[1:], strict=True)]
     rows = x.contiguous(memory_format=torch.channels_last)
     block.backward(grad_out, rows, params, block.Saved(r2, r3, mask, pooled, codes), grads)
-    return _all_gradients(grads, inputs)
+    if all(grad is None or grad.stride() == t.stride() for grad, t in zip(grads, inputs, strict=True)):
+        return grads  # nearly always, and what follows costs the host more than this
+    return _finish(grads, inputs)
+
+
+def _empty_gradient(t: Tensor) -> Tensor:
+    """Allocate a parameter's gradient as the kernels write it: a spatial weight's in channels_last."""
+    if t.is_contiguous() and (t.dim() == 1 or t.shape[2:] == (1, 1)):
+        return torch.empty_like(t)
+    if t.dim() == 1:
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
+    return _dense(t, t.shape, torch.channels_last)
+
+
+torch.library.impl("fastinception::aten_backward", "default")(
+    lambda *args: _without_none(_aten_gradients(*args), like=args[0])
+)
+torch.library.impl("fastinception::triton_backward", "default")(
+    lambda *args: _without_none(_triton_gradients(*args), like=args[0])
+)
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
-    ctx.set_materialize_grads(False)  # or zeros of their size would be made for what is saved, every time
+    ctx.set_materialize_grads(False)  # or zeros would be made of what is saved, every time
     ctx.save_for_backward(*inputs[:13], *saved)
 
 
-def _differentiate_forward(backward: Any, extra: int) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Return the derivative of a forward operator that takes ``extra`` arguments after x and the params."""
+def _differentiate(backward: Any) -> Callable[[Tensor, Sequence[Tensor], list[bool]], list[Tensor | None]]:
+    """Return the gradients as a function of the upstream gradient, of what was saved, and of what is needed, by one
+    operator, which has a derivative."""
 
-    def differentiate(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad_out is None:
-            return (None,) * (13 + extra)
-        needs = list(ctx.needs_input_grad[:13])
+    def differentiate(grad_out: Tensor, saved: Sequence[Tensor], needs: list[bool]) -> list[Tensor | None]:
         if forward_ad._current_level >= 0:  # a tangent of grad_out passes through plain operators only
-            grads = _compose_backward(grad_out, ctx.saved_tensors[:13], needs)
-        else:
-            grads = backward(grad_out, *ctx.saved_tensors, needs)
-        return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * extra)
+            return _compose_backward(grad_out, saved[:13], needs)
+        grads = backward(grad_out, *saved, needs)
+        return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
     return differentiate
+
+
+def _register_derivative(backend: str, extra: int) -> None:
+    """Give a forward operator, with ``extra`` arguments after x and the params, its derivative."""
+
+    def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * (13 + extra)
+        grads = _DIFFERENTIATED[backend](grad_out, ctx.saved_tensors, list(ctx.needs_input_grad[:13]))
+        return *grads, *(None,) * extra
+
+    torch.library.register_autograd(f"fastinception::{backend}_forward", backward, setup_context=_setup_forward)
 
 
 def _compose_backward(grad_out: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -279,11 +306,11 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
     return tuple(results)
 
 
+_DIFFERENTIATED = {
+    backend: _differentiate(getattr(torch.ops.fastinception, f"{backend}_backward")) for backend in ("aten", "triton")
+}
 for _backend, _extra in (("aten", 0), ("triton", 1)):
-    _backward = getattr(torch.ops.fastinception, f"{_backend}_backward")
-    torch.library.register_autograd(
-        f"fastinception::{_backend}_forward", _differentiate_forward(_backward, _extra), setup_context=_setup_forward
-    )
+    _register_derivative(_backend, _extra)
     torch.library.register_autograd(
         f"fastinception::{_backend}_backward", _differentiate_backward, setup_context=_setup_backward
     )
@@ -291,3 +318,52 @@ for _backend, _extra in (("aten", 0), ("triton", 1)):
         f"fastinception::{_backend}_backward",
         lambda grad_out, x, *args: _empty_gradients((x, *args[:12]), args[-1]),
     )
+
+
+class _Inception(torch.autograd.Function):
+    """Call a backend past the dispatcher: to an operator with a derivative the host loses 100 us in each direction."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, x: Tensor, *params: Tensor) -> Tensor:
+        out, *saved = _aten_forward(x, *params) if backend == "aten" else _triton_forward(x, *params, True)
+        ctx.backend = backend
+        ctx.save_for_backward(x, *params, *saved)
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * 14
+        needs = list(ctx.needs_input_grad[1:])
+        # A batch of upstream gradients (is_grads_batched, jacobian) has no memory that a kernel could read.
+        batched = torch._C._functorch.is_legacy_batchedtensor(grad_out)
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or batched or watched():
+            grads = _DIFFERENTIATED[ctx.backend](grad_out, ctx.saved_tensors, needs)
+        elif ctx.backend == "aten":
+            grads = _aten_gradients(grad_out, *ctx.saved_tensors, needs)
+        else:
+            grads = _triton_gradients(grad_out, *ctx.saved_tensors, needs)
+        return None, *grads
+
+
+def watched() -> bool:
+    """Tell whether something records or transforms the operators that run: then the block has to be one."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def run(backend: str, x: Tensor, params: Sequence[Tensor], needs_grad: bool) -> Tensor:
+    """Return the block of ``x`` by ``"aten"`` or ``"triton"``, with its derivative where ``needs_grad`` says so."""
+    if not watched():
+        if needs_grad:
+            return cast(Tensor, _Inception.apply(backend, x, *params))
+        if backend == "triton":
+            return _triton_forward(x, *params, False)[0]
+    save = (needs_grad,) if backend == "triton" else ()
+    out, *_ = getattr(torch.ops.fastinception, f"{backend}_forward")(x, *params, *save)
+    return cast(Tensor, out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +12,11 @@ from fastinception.kernels import configs, target
 from fastinception.kernels.data_gradient import Gradient, choose_tiles, data_gradient
 from fastinception.kernels.entry import entry
 from fastinception.kernels.entry_gradient import entry_gradient, pool_gradient
+from fastinception.kernels.epilogue import is_channels_last
 from fastinception.kernels.spatial import Conv, spatial
 from fastinception.kernels.split import Branch, split
 from fastinception.kernels.split import parts as split_parts
-from fastinception.kernels.weight_gradient import Product, Sum, add_up, divide, weight_gradient
+from fastinception.kernels.weight_gradient import Division, Product, Sum, add_up, divide, weight_gradient
 
 
 class Saved(NamedTuple):
@@ -93,21 +94,106 @@ def forward(x: Tensor, params: Sequence[Tensor], out: Tensor, saved: Saved, save
     spatial(level, out, saved.mask if save else None)
 
 
-class _Partials:
-    """Hand out places in one buffer of partial sums, and remember how to add them up."""
+class _Plan(NamedTuple):
+    """Which launches a backward takes, and of what: the same for the same shapes and needs. Indices count branches."""
 
-    def __init__(self) -> None:
-        self.size = 0
-        self.sums: list[Sum] = []
+    merged: int  # columns of the matrix for branch 1's gradient and the reductions'
+    pooled: int  # columns of the pooled x's gradient, 0 without
+    widths: tuple[int, ...]  # columns of branches 1 to 3's own, 0 without
+    branches: tuple[Branch, ...]
+    branch_of: tuple[int, ...]
+    gradients: tuple[Gradient, ...]
+    gradient_of: tuple[int, ...]
+    tiles: configs.Tiles
+    products: tuple[Product, ...]
+    product_of: tuple[int, ...]
+    division: Division | None
+    sums: tuple[Sum, ...]
+    sum_of: tuple[int, ...]  # of the thirteen gradients
+    partials: int  # elements
 
-    def place(self, elements: int, parts: int) -> int:
-        start = self.size
-        self.size += elements * parts
+
+@configs.cached
+def _plan(
+    shape: torch.Size,
+    weights: tuple[torch.Size, ...],
+    packed: tuple[bool, bool],
+    needs: tuple[bool, ...],
+    dtype: torch.dtype,
+    gpu: target.Gpu,
+) -> _Plan:
+    """Plan a backward, given the weights' shapes and which spatial ones are channels_last."""
+    n, channels, height, width = shape
+    rows = n * height * width
+    c1, c21, c2, c31, c3, c4 = (weight[0] for weight in weights)
+    x, w1, b1, w21, b21, w22, b22, w31, b31, w32, b32, w42, b42 = range(13)
+    partials = 0
+    sums: dict[int, Sum] = {}
+
+    def place(elements: int, parts: int, *outs: tuple[int, int]) -> int:
+        """Reserve partial sums; ``outs`` are the gradients that are their rows in turn, and their elements."""
+        nonlocal partials
+        start = offset = partials
+        for out, size in outs:
+            if needs[out]:
+                sums[out] = Sum(size, offset, parts, elements)
+            offset += size
+        partials += elements * parts
         return start
 
-    def add_up(self, out: Tensor | None, start: int, parts: int, stride: int) -> None:
-        if out is not None:
-            self.sums.append(Sum(out, start, parts, stride))
+    def need(*indices: int) -> bool:
+        return any(needs[i] for i in indices)
+
+    reach2, reach3 = need(x, w21, b21), need(x, w31, b31)
+    masks = mask_columns((c1, c2, c3, c4))
+    branches, branch_of, column = [], [], 0
+    for i, (columns, needed, bias) in enumerate((
+        (c1, need(x, w1, b1), b1),
+        (c2, reach2 or need(w22, b22), b22),
+        (c3, reach3 or need(w32, b32), b32),
+        (c4, need(x, w42, b42), b42),
+    )):  # fmt: skip
+        if needed:
+            sums_at = place(columns, split_parts(rows), (bias, columns))
+            stride = columns if i else c1 + c21 + c31
+            branches.append(Branch(columns, column, masks[i], stride, sums_at))
+            branch_of.append(i)
+        column += columns
+
+    tiles = choose_tiles(rows, (weights[2], weights[4], weights[5]), dtype, gpu)
+    tile_rows = configs.tiles(rows, tiles.block_m)
+    gradients, gradient_of = [], []
+    for i, weight, reached, first, bias in ((1, weights[2], reach2, c1, b21), (2, weights[4], reach3, c1 + c21, b31)):
+        if reached:
+            sums_at = place(weight[1], tile_rows, (bias, weight[1]))
+            gradients.append(Gradient(weight, packed[i - 1], True, c1 + c21 + c31, first, sums_at))
+            gradient_of.append(i)
+    if needs[x]:
+        gradients.append(Gradient(weights[5], False, False, channels))
+        gradient_of.append(3)
+
+    # The merged convolutions count as one.
+    outs = (
+        (Product(c1 + c21 + c31, channels, 1, 1), ((w1, c1 * channels), (w21, c21 * channels), (w31, c31 * channels))),
+        (Product(c2, c21, 3, 3), ((w22, weights[2].numel()),)),
+        (Product(c3, c31, 5, 5), ((w32, weights[4].numel()),)),
+        (Product(c4, channels, 1, 1), ((w42, c4 * channels),)),
+    )
+    product_of = tuple(i for i, (_, wanted) in enumerate(outs) if need(*(out for out, _ in wanted)))
+    products = [outs[i][0] for i in product_of]
+    division = divide((n, height, width), products, dtype, gpu) if products else None
+    for j, i in enumerate(product_of):
+        assert division is not None
+        elements = products[j].out_channels * products[j].columns
+        products[j] = products[j]._replace(sums=place(elements, division.parts, *outs[i][1]))
+
+    return _Plan(
+        c1 + c21 + c31 if need(x, w1, b1, w21, b21, w31, b31) else 0,
+        channels if needs[x] else 0,
+        tuple(columns if i in branch_of else 0 for i, columns in ((1, c2), (2, c3), (3, c4))),
+        tuple(branches), tuple(branch_of), tuple(gradients), tuple(gradient_of), tiles,
+        tuple(products), product_of, division, tuple(sums.values()), tuple(sums), partials,
+    )  # fmt: skip
 
 
 def backward(
@@ -119,98 +205,46 @@ def backward(
 
     Args:
         grad_out: ``[N, c1 + c2[1] + c3[1] + c4, H, W]``, any strides; never written.
-        x, params: what the forward got.
+        x, params: what the forward got; x contiguous in channels_last.
         saved: what the forward kept.
         grads: each of its tensor's shape; x's contiguous in either memory format, 4-D weights' in channels_last.
     """
-    grad_x, gw1, gb1, gw21, gb21, gw22, gb22, gw31, gb31, gw32, gb32, gw42, gb42 = grads
-    w1, _, w21, _, w22, _, w31, _, w32, _, w42, _ = map(_as_operand, params)
+    w1, w21, w22, w31, w32, w42 = map(_as_operand, params[::2])
     r2, r3, mask, pooled, codes = saved
-    n, channels, height, width = x.shape
+    shape, dtype, device = x.shape, x.dtype, x.device
+    n, _, height, width = shape
+    size = n, height, width
     rows = n * height * width
-    c1, c2, c3, c4 = widths(params)
-    c21, c31 = w21.shape[0], w31.shape[0]
-    mask1, mask2, mask3, mask4, _ = mask_columns(widths(params))
+    plan = _plan(
+        shape, tuple([w.shape for w in (w1, w21, w22, w31, w32, w42)]), (is_channels_last(w22), is_channels_last(w32)),
+        tuple([grad is not None for grad in grads]), dtype, target.gpu(device),
+    )  # fmt: skip
 
-    def wanted(*tensors: Tensor | None) -> bool:
-        return any(t is not None for t in tensors)
+    def empty(columns: int) -> Tensor | None:
+        return torch.empty((rows, columns), dtype=dtype, device=device) if columns else None
 
-    def empty(columns: int) -> Tensor:
-        return torch.empty((rows, columns), dtype=x.dtype, device=x.device)
-
-    # What has to be known of each branch: its own masked gradient, and that of the reduction in front of it.
-    need_e2, need_e3 = wanted(grad_x, gw21, gb21), wanted(grad_x, gw31, gb31)
-    partials = _Partials()
-    # Branch 1's gradient and the reductions' side by side, so that one product each gives what they lead to.
-    merged = empty(c1 + c21 + c31) if wanted(grad_x, gw1, gb1, gw21, gb21, gw31, gb31) else None
-    branches, split_rows = [], split_parts(rows)
-    column = 0
-    masked: list[Tensor | None] = []
-    for i, (columns, mask_column, need, bias) in enumerate(
-        (
-            (c1, mask1, wanted(grad_x, gw1, gb1), gb1),
-            (c2, mask2, need_e2 or wanted(gw22, gb22), gb22),
-            (c3, mask3, need_e3 or wanted(gw32, gb32), gb32),
-            (c4, mask4, wanted(grad_x, gw42, gb42), gb42),
-        )
-    ):
-        g = None
-        if need:
-            g = empty(columns) if i else merged
-            assert g is not None  # merged: the same tensors want it
-            start = partials.place(columns, split_rows)
-            branches.append(Branch(columns, column, mask_column, g, start))
-            partials.add_up(bias, start, split_rows, columns)
-        masked.append(g)
-        column += columns
-    _, g2, g3, g4 = masked
-
-    gradients = []
-    tiles = choose_tiles(rows, (w22, w32, w42))
-    tile_rows = configs.tiles(rows, tiles.block_m)
-    for g, weight, r, need, first, bias in ((g2, w22, r2, need_e2, c1, gb21), (g3, w32, r3, need_e3, c1 + c21, gb31)):
-        if need:
-            assert g is not None
-            assert merged is not None
-            start = partials.place(weight.shape[1], tile_rows)
-            gradients.append(Gradient(g, weight, r, merged, first, start))
-            partials.add_up(bias, start, tile_rows, weight.shape[1])
-    grad_pooled = None
-    if grad_x is not None:
-        assert g4 is not None
-        grad_pooled = empty(channels)
-        gradients.append(Gradient(g4, w42, None, grad_pooled))
-
-    wants = (  # a product's operands, its kernel, and the gradients that are its rows one after another
-        (merged, x, (1, 1), (gw1, gw21, gw31), (c1, c21, c31)),
-        (g2, r2, (3, 3), (gw22,), (c2,)),
-        (g3, r3, (5, 5), (gw32,), (c3,)),
-        (g4, pooled, (1, 1), (gw42,), (c4,)),
-    )
-    wants = [want for want in wants if wanted(*want[3])]
-    sizes = [(g.shape[1], source.shape[1] * kernel[0] * kernel[1]) for g, source, kernel, *_ in wants]
-    products = []
-    division = divide((n, height, width), sizes, x.dtype, target.gpu(x.device)) if sizes else None
-    for (g, source, kernel, outs, heights), (out_rows, out_columns) in zip(wants, sizes, strict=True):
-        assert division is not None
-        size = out_rows * out_columns
-        start = partials.place(size, division.parts)
-        products.append(Product(g, source, kernel, start))
-        for out, height_of_out in zip(outs, heights, strict=True):
-            partials.add_up(out, start, division.parts, size)
-            start += height_of_out * out_columns
-
-    sums = torch.empty(
-        partials.size, dtype=torch.float64 if x.dtype is torch.float64 else torch.float32, device=x.device
-    )
-    if branches:
-        split(grad_out, mask, branches, sums)
-    if gradients:
-        data_gradient(gradients, (n, height, width), sums, tiles)
-    if grad_x is not None:
+    # Branch 1's gradient and the reductions' lie side by side, so that one product each gives what they lead to. What
+    # nobody needs of them stays as it is: each column leads to its own weights alone, and where x needs it, all do.
+    merged, grad_pooled = empty(plan.merged), empty(plan.pooled)
+    masked: list[Any] = [merged, *map(empty, plan.widths)]
+    sums_dtype = torch.float64 if dtype is torch.float64 else torch.float32
+    partials = torch.empty(plan.partials, dtype=sums_dtype, device=device)
+    if plan.branches:
+        split(grad_out, mask, plan.branches, [masked[i] for i in plan.branch_of], partials)
+    if plan.gradients:
+        operands = {1: (w22, r2, merged), 2: (w32, r3, merged), 3: (w42, None, grad_pooled)}
+        weights, actives, outs = zip(*[operands[i] for i in plan.gradient_of], strict=True)
+        grads_of = [masked[i] for i in plan.gradient_of]
+        data_gradient(plan.gradients, grads_of, weights, actives, outs, size, partials, plan.tiles)
+    if (grad_x := grads[0]) is not None:
+        assert merged is not None
+        assert grad_pooled is not None
         pool_gradient(grad_pooled, codes, grad_x)
         entry_gradient(merged, (w1, w21, w31), grad_x)
-    if division is not None:
-        weight_gradient(products, (n, height, width), division, sums)
-    if partials.sums:
-        add_up(partials.sums, sums)
+    if plan.division is not None:
+        sources = (x, r2, r3, pooled)
+        grads_of, xs = [masked[i] for i in plan.product_of], [sources[i] for i in plan.product_of]
+        weight_gradient(plan.products, grads_of, xs, size, plan.division, partials)
+    if plan.sums:
+        results: list[Any] = [grads[i] for i in plan.sum_of]
+        add_up(plan.sums, results, partials)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
@@ -118,6 +118,36 @@ SUM = Sweep(32, 128, num_warps=4)  # parts at a time, elements
 PROGRAMS = 264
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+_caches: list[Any] = []
+
+
+def cached(function: Function) -> Function:
+    """Remember what ``function`` makes of its arguments, until :func:`forget`."""
+    # Not without a bound: a server may see any number of image sizes.
+    _caches.append(functools.lru_cache(maxsize=4096)(function))
+    return cast(Function, _caches[-1])
+
+
+def forget() -> None:
+    """Have every launch choose its tiles again."""
+    for cache in _caches:
+        cache.cache_clear()
+
+
+class Launch(NamedTuple):
+    """What a launch takes beside its tensors: alike for like shapes, so that launchers cache it to spare the host."""
+
+    grid: tuple[int]
+    sizes: tuple[Any, ...]  # behind the tensors
+    constants: dict[str, Any]
+
+
+def launch(programs: int, sizes: tuple[Any, ...], **constants: Any) -> Launch:
+    """Put a launch together."""
+    return Launch((programs,), sizes, constants)
+
+
 class Entry(NamedTuple):
     """A line of a table: the best tiles measured for a kernel, a dtype and a shape."""
 
@@ -129,7 +159,7 @@ class Entry(NamedTuple):
     tiles: Tiles
 
 
-@functools.lru_cache(maxsize=4096)  # not without a bound: a server may see any number of image sizes
+@cached
 def choose(kernel: str, rows: int, reduction: int, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tiles:
     """Return the tiles of a launch: the nearest entry of the GPU's table, or the default.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,11 +19,11 @@ from fastinception.kernels.spatial import implicit_gemm
 class Gradient(NamedTuple):
     """One convolution with stride 1 whose output has its input's size: the gradient of its input."""
 
-    grad: Tensor  # of its output, [M, O], contiguous
-    weight: Tensor  # [O, C, kernel_h, kernel_w], contiguous in either memory format; channels_last reads faster
-    active: Tensor | None  # its input, [N, C, H, W] in channels_last, if that is the result of a ReLU
-    out: Tensor  # rows of pixels, contiguous: [M, stride]
-    column: int = 0  # first column in out
+    shape: tuple[int, ...]  # of the weight, [O, C, kernel_h, kernel_w]
+    packed: bool  # the weight is channels_last, which reads faster, else contiguous
+    relu: bool  # its input is the result of a ReLU
+    stride: int  # columns of the matrix that the gradient is written to
+    column: int = 0  # the first of them that is written
     sums: int = 0  # where in ``partials`` its sums begin, for a ReLU only
 
 
@@ -82,46 +83,58 @@ def _data_gradient_kernel(
 
 
 def data_gradient(
-    gradients: Sequence[Gradient], shape: tuple[int, int, int], partials: Tensor, tiles: configs.Tiles
+    gradients: tuple[Gradient, ...],
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    actives: Sequence[Tensor | None],
+    outs: Sequence[Tensor],
+    shape: tuple[int, int, int],
+    partials: Tensor,
+    tiles: configs.Tiles,
 ) -> None:
     """Launch on the gradients' device and current stream.
 
     Args:
-        gradients: what to compute; all of one dtype, kernels of odd sizes with 31 taps at most.
-        shape: N, H and W of all of them, ``M = N*H*W``.
+        gradients: what to compute; kernels of odd sizes with 31 taps at most.
+        grads: of their outputs, ``[M, O]``, contiguous, with ``M = N*H*W``.
+        weights: ``[O, C, kernel_h, kernel_w]``.
+        actives: for each ReLU its result, ``[N, C, H, W]`` in channels_last, else None.
+        outs: rows of pixels, ``[M, stride]``, contiguous.
+        shape: N, H and W of all of them.
         partials: float32 (float64 for float64), gets at ``sums`` of each ReLU ``[parts, C]``, the sums of its gradient,
             where parts is ``M / tiles.block_m``, rounded up.
         tiles: see :func:`choose_tiles`.
+
+    All but partials have one dtype. Checked by the caller.
     """
-    n, height, width = shape
-    rows = n * height * width
+    precision = target.input_precision(weights[0].dtype)
+    launch = _launch(gradients, shape, tiles, target.gpu(partials.device), precision)
+    with target.device_of(partials):
+        _data_gradient_kernel[launch.grid](
+            tuple(grads), tuple(weights), tuple(actives), tuple(outs), partials, *launch.sizes, **launch.constants
+        )
+
+
+def choose_tiles(rows: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, gpu: target.Gpu) -> configs.Tiles:
+    """Return the tiles of the launch for ``rows`` pixels, by the weight with the most products."""
+    out_channels, in_channels, kernel_h, kernel_w = max(shapes, key=math.prod)
+    return configs.choose("data_gradient", rows, out_channels * kernel_h * kernel_w, in_channels, dtype, gpu)
+
+
+@configs.cached
+def _launch(
+    gradients: tuple[Gradient, ...], shape: tuple[int, int, int], tiles: configs.Tiles, gpu: target.Gpu, precision: str
+) -> configs.Launch:
+    rows = math.prod(shape)
     level, programs = [], 0
-    for gradient in gradients:
-        out_channels, in_channels, kernel_h, kernel_w = gradient.weight.shape
+    for (out_channels, in_channels, kernel_h, kernel_w), packed, relu, stride, column, _ in gradients:
         # At least 32: with 16, ptxas makes every tensor-core instruction of the kernel wait for the last one (sm_90).
         block_n = configs.narrow(tiles.block_n, max(in_channels, 32))
-        packed = gradient.weight.is_contiguous(memory_format=torch.channels_last)
-        stride, relu = gradient.out.shape[1], gradient.active is not None
-        level.append((out_channels, in_channels, kernel_h, kernel_w, stride, gradient.column, block_n, packed, relu))
+        level.append((out_channels, in_channels, kernel_h, kernel_w, stride, column, block_n, packed, relu))
         programs += configs.tiles(rows, tiles.block_m) * configs.tiles(in_channels, block_n)
-    with target.device_of(partials):
-        _data_gradient_kernel[(programs,)](
-            tuple(gradient.grad for gradient in gradients),
-            tuple(gradient.weight for gradient in gradients),
-            tuple(gradient.active for gradient in gradients),
-            tuple(gradient.out for gradient in gradients),
-            partials,
-            tuple(gradient.sums for gradient in gradients),
-            tuple(o * kernel_h * kernel_w for o, _, kernel_h, kernel_w, *_ in level),
-            rows, height, width,
-            LEVEL=tuple(level), PRECISION=target.input_precision(gradients[0].weight.dtype),
-            BLOCK_M=tiles.block_m, BLOCK_K=tiles.block_k, **tiles.options(target.gpu(partials.device)),
-        )  # fmt: skip
-
-
-def choose_tiles(rows: int, weights: Sequence[Tensor]) -> configs.Tiles:
-    """Return the tiles of the launch for ``rows`` pixels, by the convolution with the most products."""
-    out_channels, in_channels, kernel_h, kernel_w = max((w.shape for w in weights), key=torch.Size.numel)
-    gpu = target.gpu(weights[0].device)
-    taps = kernel_h * kernel_w
-    return configs.choose("data_gradient", rows, out_channels * taps, in_channels, weights[0].dtype, gpu)
+    sums = tuple(gradient.sums for gradient in gradients)
+    reductions = tuple(o * kernel_h * kernel_w for o, _, kernel_h, kernel_w, *_ in level)
+    return configs.launch(
+        programs, (sums, reductions, rows, *shape[1:]),
+        LEVEL=tuple(level), PRECISION=precision, BLOCK_M=tiles.block_m, BLOCK_K=tiles.block_k, **tiles.options(gpu),
+    )  # fmt: skip

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, target
-from fastinception.kernels.epilogue import bias_relu, follow_predecessor, out_strides, store_active
+from fastinception.kernels.epilogue import bias_relu, follow_predecessor, is_channels_last, out_strides, store_active
 
 
 @triton.jit
@@ -262,31 +263,55 @@ def entry(
     Raises:
         ValueError: ``part`` is no part.
     """
+    mask, pooled, codes = saved or (None, None, None)
+    aligned = x.shape[1] * x.itemsize % 16 == 0 and all(w.data_ptr() % 16 == 0 for w in weights)
+    launch = _launch(
+        x.shape, tuple([w.shape[0] for w in weights]), pool_weight.shape[0], (pool_column, pool_mask_column),
+        out.shape[1], is_channels_last(out), 0 if mask is None else mask.shape[1], aligned, x.dtype,
+        target.gpu(x.device), target.input_precision(x.dtype), tiles, part,
+    )  # fmt: skip
+    with target.device_of(x):
+        _entry_kernel[launch.grid](
+            x, tuple(weights), tuple(biases), out, tuple(denses), pool_weight, pool_bias, mask, pooled, codes,
+            *launch.sizes, **launch.constants,
+        )  # fmt: skip
+
+
+@configs.cached
+def _launch(
+    shape: torch.Size,
+    widths: tuple[int, ...],
+    pool_width: int,
+    pool_columns: tuple[int, int],
+    out_channels: int,
+    channels_last: bool,
+    mask_bytes: int,
+    aligned: bool,
+    dtype: torch.dtype,
+    gpu: target.Gpu,
+    precision: str,
+    tiles: configs.Tiles | None,
+    part: str | None,
+) -> configs.Launch:
     if part not in (None, "gemm", "pool"):
         raise ValueError(f"part must be None, 'gemm' or 'pool', got {part!r}")
-    n, channels, height, width = x.shape
-    rows = n * height * width
-    widths = tuple(w.shape[0] for w in weights)
-    gpu = target.gpu(x.device)
-    kernel = "entry" if saved is None else "entry_train"
-    tiles = tiles or configs.choose(kernel, rows, channels, sum(widths), x.dtype, gpu)
+    n, channels, height, width = shape
+    rows, save = n * height * width, mask_bytes > 0
+    kernel = "entry_train" if save else "entry"
+    tiles = tiles or configs.choose(kernel, rows, channels, sum(widths), dtype, gpu)
     pool_m, pool_n, pool_k = tiles.pool
     # Not below 64, the least that a Hopper tensor-core instruction takes: the product is transposed.
-    pool_n = configs.narrow(pool_n, max(pool_weight.shape[0], 64))
-    aligned = channels * x.itemsize % 16 == 0 and all(w.data_ptr() % 16 == 0 for w in weights)
-    mask, pooled, codes = saved or (None, None, None)
+    pool_n = configs.narrow(pool_n, max(pool_width, 64))
     gemm_tiles = 0 if part == "pool" else configs.tiles(sum(widths), tiles.block_n)
-    pool_tiles = 0 if part == "gemm" else tiles.block_m // pool_m * configs.tiles(pool_weight.shape[0], pool_n)
-    grid = (configs.tiles(rows, tiles.block_m) * (gemm_tiles + pool_tiles),)
-    with target.device_of(x):
-        _entry_kernel[grid](
-            x, tuple(weights), tuple(biases), out, tuple(denses), pool_weight, pool_bias, mask, pooled, codes,
-            rows, channels, height, width, *out_strides(out), 0 if mask is None else mask.shape[1],
-            WIDTHS=widths, GEMM_TILES=gemm_tiles, POOL_TILES=pool_tiles,
-            POOL_WIDTH=pool_weight.shape[0], POOL_COLUMN=pool_column, POOL_MASK_COLUMN=pool_mask_column,
-            EVEN_K=channels % tiles.block_k == 0, POOL_EVEN_K=channels % pool_k == 0, ALIGNED=aligned,
-            PTX=gpu.runs_ptx, MAX_ASM=target.max_asm(gpu, x.dtype, with_codes=saved is not None),
-            PRECISION=target.input_precision(x.dtype), SAVE=saved is not None, INTERLEAVED=tiles.interleaved,
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-            POOL_M=pool_m, POOL_N=pool_n, POOL_K=pool_k, **tiles.options(gpu),
-        )  # fmt: skip
+    pool_tiles = 0 if part == "gemm" else tiles.block_m // pool_m * configs.tiles(pool_width, pool_n)
+    strides = out_strides((n, out_channels, height, width), channels_last)
+    return configs.launch(
+        configs.tiles(rows, tiles.block_m) * (gemm_tiles + pool_tiles),
+        (rows, channels, height, width, *strides, mask_bytes),
+        WIDTHS=widths, GEMM_TILES=gemm_tiles, POOL_TILES=pool_tiles,
+        POOL_WIDTH=pool_width, POOL_COLUMN=pool_columns[0], POOL_MASK_COLUMN=pool_columns[1],
+        EVEN_K=channels % tiles.block_k == 0, POOL_EVEN_K=channels % pool_k == 0, ALIGNED=aligned,
+        PTX=gpu.runs_ptx, MAX_ASM=target.max_asm(gpu, dtype, with_codes=save), PRECISION=precision, SAVE=save,
+        INTERLEAVED=tiles.interleaved, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+        POOL_M=pool_m, POOL_N=pool_n, POOL_K=pool_k, **tiles.options(gpu),
+    )  # fmt: skip

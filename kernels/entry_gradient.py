@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, target
-from fastinception.kernels.epilogue import follow_predecessor, out_strides
+from fastinception.kernels.epilogue import follow_predecessor, is_channels_last, out_strides
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def _entry_gradient_kernel(
     mask_m = offs_m < M
     mask_n = offs_n < K
     # Rows past the end read the last row instead of a masked one: their results are never stored. STRIDE is COLUMNS as
-    # a constant, so that the compiler knows how it is aligned where it is no multiple of 16; the loop would be unrolled.
+    # a constant: the compiler must know its alignment where it is no multiple of 16. As a bound it unrolls the loop.
     g_rows = g_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None] * STRIDE
     dtype: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=dtype)
@@ -98,15 +99,20 @@ def pool_gradient(grad: Tensor, codes: Tensor, out: Tensor) -> None:
         codes: what the entry level kept, uint8 ``[M, K]``.
         out: ``[N, K, H, W]``, contiguous in either memory format, grad's dtype.
     """
-    _, channels, height, width = out.shape
-    rows = grad.shape[0]
-    config = configs.POOL_GRADIENT
-    tiles = configs.tiles(rows, config.block_m) * configs.tiles(channels, config.block_n)
+    launch = _pool_launch(out.shape, is_channels_last(out))
     with target.device_of(out):
-        _pool_gradient_kernel[(tiles,)](
-            grad, codes, out, rows, channels, height, width, *out_strides(out),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
-        )  # fmt: skip
+        _pool_gradient_kernel[launch.grid](grad, codes, out, *launch.sizes, **launch.constants)
+
+
+@configs.cached
+def _pool_launch(shape: torch.Size, channels_last: bool) -> configs.Launch:
+    n, channels, height, width = shape
+    rows, config = n * height * width, configs.POOL_GRADIENT
+    tiles = configs.tiles(rows, config.block_m) * configs.tiles(channels, config.block_n)
+    return configs.launch(
+        tiles, (rows, channels, height, width, *out_strides(shape, channels_last)),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+    )  # fmt: skip
 
 
 def entry_gradient(grad: Tensor, weights: Sequence[Tensor], out: Tensor, *, tiles: configs.Tiles | None = None) -> None:
@@ -120,16 +126,33 @@ def entry_gradient(grad: Tensor, weights: Sequence[Tensor], out: Tensor, *, tile
 
     All of one dtype. Checked by the caller.
     """
-    rows, columns = grad.shape
-    channels, height, width = out.shape[1:]
-    gpu = target.gpu(out.device)
-    tiles = tiles or configs.choose("entry_gradient", rows, columns, channels, out.dtype, gpu)
-    programs = configs.tiles(rows, tiles.block_m) * configs.tiles(channels, tiles.block_n)
-    aligned = channels * out.itemsize % 16 == 0 and all(w.data_ptr() % 16 == 0 for w in weights)
+    aligned = out.shape[1] * out.itemsize % 16 == 0 and all(w.data_ptr() % 16 == 0 for w in weights)
+    launch = _entry_launch(
+        out.shape, tuple([w.shape[0] for w in weights]), is_channels_last(out), aligned, out.dtype,
+        target.gpu(out.device), target.input_precision(out.dtype), tiles,
+    )  # fmt: skip
     with target.device_of(out):
-        _entry_gradient_kernel[(programs,)](
-            grad, tuple(weights), out, rows, channels, columns, height * width, *out_strides(out),
-            WIDTHS=tuple(w.shape[0] for w in weights), STRIDE=columns,
-            EVEN_COLUMNS=columns % tiles.block_k == 0, ALIGNED=aligned, PRECISION=target.input_precision(out.dtype),
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, **tiles.options(gpu),
-        )  # fmt: skip
+        _entry_gradient_kernel[launch.grid](grad, tuple(weights), out, *launch.sizes, **launch.constants)
+
+
+@configs.cached
+def _entry_launch(
+    shape: torch.Size,
+    widths: tuple[int, ...],
+    channels_last: bool,
+    aligned: bool,
+    dtype: torch.dtype,
+    gpu: target.Gpu,
+    precision: str,
+    tiles: configs.Tiles | None,
+) -> configs.Launch:
+    n, channels, height, width = shape
+    rows, columns = n * height * width, sum(widths)
+    tiles = tiles or configs.choose("entry_gradient", rows, columns, channels, dtype, gpu)
+    programs = configs.tiles(rows, tiles.block_m) * configs.tiles(channels, tiles.block_n)
+    sizes = (rows, channels, columns, height * width, *out_strides(shape, channels_last))
+    return configs.launch(
+        programs, sizes,
+        WIDTHS=widths, STRIDE=columns, EVEN_COLUMNS=columns % tiles.block_k == 0, ALIGNED=aligned, PRECISION=precision,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, **tiles.options(gpu),
+    )  # fmt: skip

@@ -40,13 +40,16 @@ def store_active(
     )
 
 
-def out_strides(out: Tensor) -> tuple[int, int, int]:
-    """Return the strides of ``out`` in elements from image to image, pixel to pixel and channel to channel.
+def is_channels_last(t: Tensor) -> bool:
+    """Tell which of the two memory formats a contiguous ``[N, C, H, W]`` has."""
+    return t.is_contiguous(memory_format=torch.channels_last)
+
+
+def out_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, int, int]:
+    """Return the strides in elements from image to image, pixel to pixel and channel to channel.
 
     Computed, not read: where a dimension has size 1, a tensor's own stride may be any number.
     """
-    _, channels, height, width = out.shape
+    _, channels, height, width = shape
     pixels = height * width
-    if out.is_contiguous(memory_format=torch.channels_last):
-        return pixels * channels, channels, 1
-    return channels * pixels, 1, pixels
+    return (pixels * channels, channels, 1) if channels_last else (channels * pixels, 1, pixels)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, target
-from fastinception.kernels.epilogue import bias_relu, follow_predecessor, out_strides, store_active
+from fastinception.kernels.epilogue import bias_relu, follow_predecessor, is_channels_last, out_strides, store_active
 
 if TYPE_CHECKING:
     from fastinception.kernels.spatial import Conv
@@ -83,7 +83,7 @@ def library(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, tiles: conf
     with target.device_of(out):
         _library_kernel[(programs,)](
             tuple(results), tuple(conv.bias for conv in convs), out, mask,
-            n * pixels, pixels, *out_strides(out), 0 if mask is None else mask.shape[1],
+            n * pixels, pixels, *out_strides(out.shape, is_channels_last(out)), 0 if mask is None else mask.shape[1],
             LEVEL=tuple(level), SAVE=mask is not None, BLOCK_M=tiles.block_m,
             **tiles.options(target.gpu(out.device)),
         )  # fmt: skip

@@ -6,7 +6,7 @@ Where the tiles say so, the library computes the convolutions instead (library.p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, target
-from fastinception.kernels.epilogue import bias_relu, follow_predecessor, out_strides, store_active
+from fastinception.kernels.epilogue import bias_relu, follow_predecessor, is_channels_last, out_strides, store_active
 from fastinception.kernels.library import library
 
 
@@ -167,38 +167,59 @@ def spatial(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, *, tiles: c
     Raises:
         ValueError: a kernel has more than 31 taps, more than its bits; not where the library computes it.
     """
-    n, _, height, width = convs[0].x.shape
-    out_height, out_width = out.shape[2:]
-    rows = n * out_height * out_width
-    gpu = target.gpu(out.device)
-    if tiles is None:
-        kernel = "spatial" if mask is None else "spatial_train"
-        largest = max((conv.weight.shape for conv in convs), key=torch.Size.numel)
-        tiles = configs.choose(kernel, rows, largest[1:].numel(), largest[0], out.dtype, gpu)
-    if tiles.library:
+    specs = tuple(
+        [(c.weight.shape, c.stride, c.padding, c.column, c.mask_column, is_channels_last(c.weight)) for c in convs]
+    )
+    launch, tiles = _launch(
+        specs, convs[0].x.shape[2:], out.shape, is_channels_last(out), 0 if mask is None else mask.shape[1],
+        out.dtype, target.gpu(out.device), target.input_precision(out.dtype), tiles,
+    )  # fmt: skip
+    if launch is None:
         library(convs, out, mask, tiles)
         return
+    with target.device_of(out):
+        _spatial_kernel[launch.grid](
+            tuple([conv.x for conv in convs]),
+            tuple([conv.weight for conv in convs]),
+            tuple([conv.bias for conv in convs]),
+            out, mask, *launch.sizes, **launch.constants,
+        )  # fmt: skip
+
+
+@configs.cached
+def _launch(
+    convs: tuple[tuple[Any, ...], ...],
+    size: torch.Size,
+    out_shape: torch.Size,
+    channels_last: bool,
+    mask_bytes: int,
+    dtype: torch.dtype,
+    gpu: target.Gpu,
+    precision: str,
+    tiles: configs.Tiles | None,
+) -> tuple[configs.Launch | None, configs.Tiles]:
+    n, _, out_height, out_width = out_shape
+    rows = n * out_height * out_width
+    if tiles is None:
+        kernel = "spatial_train" if mask_bytes else "spatial"
+        largest = max((shape for shape, *_ in convs), key=torch.Size.numel)
+        tiles = configs.choose(kernel, rows, largest[1:].numel(), largest[0], dtype, gpu)
+    if tiles.library:
+        return None, tiles
     level: list[Geometry] = []
     programs = 0
-    for conv in convs:
-        out_channels, in_channels, kernel_h, kernel_w = conv.weight.shape
+    for (out_channels, in_channels, kernel_h, kernel_w), stride, padding, column, mask_column, packed in convs:
         if kernel_h * kernel_w > 31:
             raise ValueError(f"a convolution of at most 31 taps was expected, got {kernel_h}x{kernel_w}")
         block_n = configs.narrow(tiles.block_n, out_channels)
-        packed = conv.weight.is_contiguous(memory_format=torch.channels_last)
-        geometry = (in_channels, out_channels, kernel_h, kernel_w, *conv.stride, *conv.padding)
-        level.append(Geometry(*geometry, conv.column, conv.mask_column, block_n, packed))
+        geometry = (in_channels, out_channels, kernel_h, kernel_w, *stride, *padding)
+        level.append(Geometry(*geometry, column, mask_column, block_n, packed))
         programs += configs.tiles(rows, tiles.block_m) * configs.tiles(out_channels, block_n)
-    with target.device_of(out):
-        _spatial_kernel[(programs,)](
-            tuple(conv.x for conv in convs),
-            tuple(conv.weight for conv in convs),
-            tuple(conv.bias for conv in convs),
-            out, mask,
-            tuple(conv.in_channels * conv.kernel_h * conv.kernel_w for conv in level),
-            rows, height, width, out_height, out_width,
-            *out_strides(out), 0 if mask is None else mask.shape[1],
-            LEVEL=tuple(tuple(geometry) for geometry in level),
-            PRECISION=target.input_precision(out.dtype), SAVE=mask is not None,
-            BLOCK_M=tiles.block_m, BLOCK_K=tiles.block_k, **tiles.options(gpu),
-        )  # fmt: skip
+    reductions = tuple(conv.in_channels * conv.kernel_h * conv.kernel_w for conv in level)
+    sizes = (reductions, rows, *size, out_height, out_width, *out_strides(out_shape, channels_last), mask_bytes)
+    launch = configs.launch(
+        programs, sizes,
+        LEVEL=tuple(tuple(geometry) for geometry in level), PRECISION=precision, SAVE=mask_bytes > 0,
+        BLOCK_M=tiles.block_m, BLOCK_K=tiles.block_k, **tiles.options(gpu),
+    )  # fmt: skip
+    return launch, tiles

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +19,7 @@ class Branch(NamedTuple):
     width: int
     column: int  # first channel in the output's gradient
     mask_column: int  # first byte in the packed ReLU mask
-    out: Tensor  # rows of pixels, contiguous, at least width long: its first columns are written
+    stride: int  # columns of the matrix that it is written to, from the first on
     sums: int  # where in ``partials`` its sums begin
 
 
@@ -82,27 +83,34 @@ def parts(rows: int) -> int:
     return configs.tiles(rows, configs.SPLIT.steps * configs.SPLIT.block_m)
 
 
-def split(grad: Tensor, mask: Tensor, branches: Sequence[Branch], partials: Tensor) -> None:
+def split(grad: Tensor, mask: Tensor, branches: tuple[Branch, ...], outs: Sequence[Tensor], partials: Tensor) -> None:
     """Launch on ``grad``'s device and current stream.
 
     Args:
         grad: gradient of the block's output, ``[N, C, H, W]``, any strides; never written.
         mask: the packed ReLU mask that the forward kept, ``[M, bytes]`` uint8.
-        branches: each gets its channels, as 0 where the ReLU was not active.
+        branches, outs: each gets its channels as rows of pixels, ``[M, stride]``, 0 where the ReLU was not active.
         partials: float32 (float64 for float64), gets at ``sums`` of each branch ``[parts(M), width]``: their sums.
 
     All but mask and partials have one dtype. Checked by the caller.
     """
-    n, _, height, width = grad.shape
-    rows = n * height * width
-    config = configs.SPLIT
-    row_tiles = parts(rows)
-    tiles = sum(row_tiles * configs.tiles(branch.width, config.block_n) for branch in branches)
-    stride_n, stride_c, stride_h, stride_w = grad.stride()
+    launch = _launch(branches, grad.shape, grad.stride(), mask.shape[1])
     with target.device_of(grad):
-        _split_kernel[(tiles,)](
-            grad, mask, tuple(branch.out for branch in branches), partials, tuple(branch.sums for branch in branches),
-            rows, height, width, stride_n, stride_c, stride_h, stride_w, mask.shape[1],
-            BRANCHES=tuple((b.width, b.column, b.mask_column, b.out.shape[1]) for b in branches),
-            STEPS=config.steps, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
-        )  # fmt: skip
+        _split_kernel[launch.grid](grad, mask, tuple(outs), partials, *launch.sizes, **launch.constants)
+
+
+@configs.cached
+def _launch(
+    branches: tuple[Branch, ...], shape: torch.Size, strides: tuple[int, ...], mask_bytes: int
+) -> configs.Launch:
+    n, _, height, width = shape
+    stride_n, stride_c, stride_h, stride_w = strides
+    rows, config = n * height * width, configs.SPLIT
+    tiles = sum(parts(rows) * configs.tiles(branch.width, config.block_n) for branch in branches)
+    sums = tuple(branch.sums for branch in branches)
+    sizes = (sums, rows, height, width, stride_n, stride_c, stride_h, stride_w, mask_bytes)
+    return configs.launch(
+        tiles, sizes,
+        BRANCHES=tuple(tuple(branch[:4]) for branch in branches),
+        STEPS=config.steps, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+    )  # fmt: skip

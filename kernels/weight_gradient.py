@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,16 +18,22 @@ from fastinception.kernels.spatial import taps_inside
 class Product(NamedTuple):
     """One convolution with stride 1 whose output has its input's size: the gradient of its weight."""
 
-    grad: Tensor  # of its output, rows of pixels [M, O], contiguous
-    x: Tensor  # its input, [N, C, H, W] in channels_last, or the same as rows of pixels, [M, C]
-    kernel: tuple[int, int]
-    sums: int  # where in ``partials`` it begins
+    out_channels: int
+    in_channels: int
+    kernel_h: int
+    kernel_w: int
+    sums: int = 0  # where in ``partials`` it begins
+
+    @property
+    def columns(self) -> int:
+        """Return the number of weights of an output channel."""
+        return self.in_channels * self.kernel_h * self.kernel_w
 
 
 class Sum(NamedTuple):
     """Partial sums to be added up."""
 
-    out: Tensor  # as many elements, in the order of its memory
+    elements: int
     sums: int  # where in ``partials`` the first part begins
     parts: int
     stride: int  # from part to part
@@ -148,19 +153,20 @@ class Division(NamedTuple):
 
 def divide(
     shape: tuple[int, int, int],
-    sizes: Sequence[tuple[int, int]],
+    products: Sequence[Product],
     dtype: torch.dtype,
     gpu: target.Gpu,
     tiles: configs.Tiles | None = None,
 ) -> Division:
-    """Divide the sums over N, H and W into as many parts as fill a GPU, given rows and columns of each product.
+    """Divide the sums over N, H and W into as many parts as fill a GPU.
 
     ``tiles`` replaces those that ``configs`` chooses, by the largest product.
     """
     n, height, width = shape
-    rows, columns = max(sizes, key=math.prod)
-    tiles = tiles or configs.choose("weight_gradient", rows, n * height * width, columns, dtype, gpu)
-    programs = sum(configs.tiles(o, tiles.block_m) * configs.tiles(columns, tiles.block_n) for o, columns in sizes)
+    largest = max(products, key=lambda product: product.out_channels * product.columns)
+    rows, reduction, columns = largest.out_channels, n * height * width, largest.columns
+    tiles = tiles or configs.choose("weight_gradient", rows, reduction, columns, dtype, gpu)
+    programs = _programs(products, tiles)
     images_first = n >= tiles.block_k
     images = configs.tiles(n, tiles.block_k) * tiles.block_k if images_first else n
     steps = configs.tiles(images * height * width, tiles.block_k)
@@ -168,49 +174,66 @@ def divide(
     return Division(tiles, images_first, steps, steps_of_part, configs.tiles(steps, steps_of_part))
 
 
+def _programs(products: Sequence[Product], tiles: configs.Tiles) -> int:
+    return sum(configs.tiles(p.out_channels, tiles.block_m) * configs.tiles(p.columns, tiles.block_n) for p in products)
+
+
 def weight_gradient(
-    products: Sequence[Product], shape: tuple[int, int, int], division: Division, partials: Tensor
+    products: tuple[Product, ...],
+    grads: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    shape: tuple[int, int, int],
+    division: Division,
+    partials: Tensor,
 ) -> None:
     """Launch the products on the partials' device and current stream.
 
     Args:
-        products: what to compute; all of one dtype, kernels of odd sizes with 31 taps at most.
+        products: what to compute; kernels of odd sizes with 31 taps at most.
+        grads: of the convolutions' outputs, rows of pixels ``[M, O]``, contiguous.
+        xs: their inputs, ``[N, C, H, W]`` in channels_last, or the same as rows of pixels, ``[M, C]``.
         shape: N, H and W of all of them.
         division: see :func:`divide`.
         partials: float32 (float64 for float64), gets at ``sums`` of each product
             ``[division.parts, O, kernel_h, kernel_w, C]``.
+
+    All but partials have one dtype. Checked by the caller.
     """
+    launch = _launch(products, shape, division, target.gpu(partials.device), target.input_precision(xs[0].dtype))
+    with target.device_of(partials):
+        _weight_gradient_kernel[launch.grid](tuple(grads), tuple(xs), partials, *launch.sizes, **launch.constants)
+
+
+@configs.cached
+def _launch(
+    products: tuple[Product, ...], shape: tuple[int, int, int], division: Division, gpu: target.Gpu, precision: str
+) -> configs.Launch:
     tiles, images_first, steps, steps_of_part, parts = division
-    level, programs = [], 0
-    for product in products:
-        out_channels, channels = product.grad.shape[1], product.x.shape[1]
-        level.append((out_channels, channels, *product.kernel))
-        columns = channels * product.kernel[0] * product.kernel[1]
-        programs += configs.tiles(out_channels, tiles.block_m) * configs.tiles(columns, tiles.block_n)
+    programs = _programs(products, tiles)
+    sums = tuple(product.sums for product in products)
+    return configs.launch(
+        programs * parts, (sums, *shape, steps, steps_of_part),
+        LEVEL=tuple(tuple(product[:4]) for product in products), TILES=programs, IMAGES_FIRST=images_first,
+        PRECISION=precision, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, **tiles.options(gpu),
+    )  # fmt: skip
+
+
+def add_up(sums: tuple[Sum, ...], outs: Sequence[Tensor], partials: Tensor) -> None:
+    """Launch the sums of all partial sums on the partials' device and current stream, each rounded once.
+
+    Each of ``outs`` gets as many elements as its sum has, in the order of its memory.
+    """
+    launch = _sum_launch(sums)
     with target.device_of(partials):
-        _weight_gradient_kernel[(programs * parts,)](
-            tuple(product.grad for product in products),
-            tuple(product.x for product in products),
-            partials,
-            tuple(product.sums for product in products),
-            *shape, steps, steps_of_part,
-            LEVEL=tuple(level), TILES=programs, IMAGES_FIRST=images_first,
-            PRECISION=target.input_precision(products[0].x.dtype),
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-            **tiles.options(target.gpu(partials.device)),
-        )  # fmt: skip
+        _sum_kernel[launch.grid](partials, tuple(outs), *launch.sizes, **launch.constants)
 
 
-def add_up(sums: Sequence[Sum], partials: Tensor) -> None:
-    """Launch the sums of all partial sums on the partials' device and current stream, each rounded once."""
+@configs.cached
+def _sum_launch(sums: tuple[Sum, ...]) -> configs.Launch:
     config = configs.SUM
-    with target.device_of(partials):
-        _sum_kernel[(sum(configs.tiles(s.out.numel(), config.block_n) for s in sums),)](
-            partials,
-            tuple(s.out for s in sums),
-            tuple(s.sums for s in sums),
-            tuple(s.out.numel() for s in sums),
-            tuple(s.parts for s in sums),
-            tuple(s.stride for s in sums),
-            COUNT=len(sums), BLOCK_P=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
-        )  # fmt: skip
+    elements, starts, parts, strides = zip(*sums, strict=True)
+    tiles = sum(configs.tiles(size, config.block_n) for size in elements)
+    return configs.launch(
+        tiles, (starts, elements, parts, strides),
+        COUNT=len(sums), BLOCK_P=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+    )  # fmt: skip

@@ -38,9 +38,9 @@ def tuned(monkeypatch, tmp_path):
     """Use an empty folder of tables, and forget it afterwards."""
     monkeypatch.setattr(configs, "TUNED", tmp_path)
     monkeypatch.setattr(configs, "_warned", set())
-    configs.choose.cache_clear()
+    configs.forget()
     yield tmp_path
-    configs.choose.cache_clear()
+    configs.forget()
     configs._read_once.cache_clear()
 
 

@@ -668,7 +668,7 @@ class Operators(TorchDispatchMode):
 def test_two_launches_and_no_other_work(monkeypatch, grad, weight_format, engine):
     if engine:
         monkeypatch.setitem(configs.DEFAULTS, "spatial_train" if grad else "spatial", lambda dtype, chip: LIBRARY)
-    configs.choose.cache_clear()
+    configs.forget()
     block = FastInception(16, 9, (4, 8), (3, 5), 7, backend="triton").to(DEVICE, memory_format=weight_format)
     x = normal(2, 16, 4, 5).contiguous(memory_format=torch.channels_last).to(DEVICE)
     expected = super(FastInception, block).forward(x)
@@ -688,7 +688,7 @@ def test_two_launches_and_no_other_work(monkeypatch, grad, weight_format, engine
     with torch.set_grad_enabled(grad), operators:
         y = block(x)
     torch.testing.assert_close(y, expected)
-    configs.choose.cache_clear()
+    configs.forget()
     assert launched == ["_entry_kernel", "_library_kernel" if engine else "_spatial_kernel"]
     views = {"aten::slice.Tensor", "aten::detach", "aten::alias", "aten::view", "aten::split_with_sizes"}
     allocations = {"aten::empty.memory_format"}

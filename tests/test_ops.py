@@ -436,9 +436,12 @@ def test_batched_upstream_gradients(backend):
     batch = torch.stack([randn_like(y, seed) for seed in range(3)])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
-        batched = torch.autograd.grad(y, [x, *params], batch, is_grads_batched=True)
+        batched = torch.autograd.grad(y, [x, *params], batch, is_grads_batched=True, retain_graph=True)
+        mapped = torch.func.vmap(lambda grad: torch.autograd.grad(y, [x, *params], grad, retain_graph=True))(batch)
     singles = [gradients(plain, [x, *params], grad) for grad in batch]
-    assert_same(batched, [torch.stack(grads) for grads in zip(*singles, strict=True)])
+    expected = [torch.stack(grads) for grads in zip(*singles, strict=True)]
+    assert_same(batched, expected)
+    assert_same(mapped, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
