@@ -17,6 +17,8 @@ from fastinception.data import fashion_mnist
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+# Height and width at the blocks of stages 3, 4 and 5, for images of 224 and of 96 pixels.
+SIDES = {224: {"3": 28, "4": 14, "5": 7}, 96: {"3": 12, "4": 6, "5": 3}}
 # Seconds: below this the clock and one device synchronisation would show in a sample.
 MIN_SAMPLE = 0.05
 
@@ -156,6 +158,23 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+Clock = Callable[[Callable[[], object], int], list[float]]
+
+
+def wall_clock(sync: Callable[[], None]) -> Clock:
+    """Return a clock that takes one sample, seconds a call, of so many calls in a row."""
+
+    def sample(run: Callable[[], object], calls: int) -> list[float]:
+        sync()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        sync()
+        return [(time.perf_counter() - start) / calls]
+
+    return sample
+
+
 def interleave(
     runs: Mapping[str, Callable[[], object]],
     sync: Callable[[], None],
@@ -163,12 +182,13 @@ def interleave(
     warmup: float,
     rounds: int,
     seconds: float,
+    clock: Clock | None = None,
 ) -> Iterator[tuple[dict[str, list[float]], int]]:
     """Time several runs in turn, so that a slow moment of the machine falls on all of them.
 
     Each run is called once outside every clock (compilation belongs there), then warmed up for ``warmup``
     seconds. Then come at least ``rounds`` rounds, more if ``seconds`` allow; each takes one sample of every
-    run and starts with another one.
+    run (or those that ``clock`` takes) and starts with another one.
 
     Yields:
         After the warm-up and after each round: the samples so far (seconds per call, by name), and the number
@@ -187,19 +207,14 @@ def interleave(
         calls[name] = max(1, round(MIN_SAMPLE / per_call))
         round_time += calls[name] * per_call
     rounds = max(rounds, int(seconds / round_time))
+    clock = clock or wall_clock(sync)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     yield samples, rounds
     names = list(runs)
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            run = runs[name]
-            sync()
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                run()
-            sync()
-            samples[name].append((time.perf_counter() - start) / calls[name])
+            samples[name] += clock(runs[name], calls[name])
         yield samples, rounds
 
 

@@ -19,15 +19,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.harness import synchronize
+from bench.harness import SIDES, synchronize
 from bench.record import commit
 from fastinception import FastInception
 from fastinception.googlenet import WIDTHS, GoogLeNet
 from fastinception.reference import Inception
 
 BLOCKS = {"plain": Inception, "fast": FastInception}
-# Height and width at the blocks of stages 3, 4 and 5, for images of 224 and of 96 pixels.
-SIDES = {224: {"3": 28, "4": 14, "5": 7}, 96: {"3": 12, "4": 6, "5": 3}}
 # Small enough for two cores, large enough for a GPU.
 BATCH = {"cpu": 8, "cuda": 128}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -1,0 +1,74 @@
+"""Define what FastInception is measured against beside the plain module: the library's fused calls, and no ReLU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastinception.googlenet import GoogLeNet
+from fastinception.reference import Inception
+
+
+class ConvReLU(nn.Conv2d):
+    """Convolution, bias and ReLU in one call of the library (inference only); in a dry run on a CPU, in two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return F.relu(super().forward(x))
+        return torch.cudnn_convolution_relu(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+
+class FusedInception(Inception):
+    """The textbook block on ``cudnn_convolution_relu``."""
+
+    def __init__(self, *widths: Any) -> None:
+        super().__init__(*widths)
+        fuse(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p2, p3 = self.p2_2(self.p2_1(x)), self.p3_2(self.p3_1(x))
+        return torch.cat((self.p1_1(x), p2, p3, self.p4_2(self.p4_1(x))), dim=1)
+
+
+class LinearInception(Inception):
+    """The textbook block without its ReLUs, as KernelBench has it (level 3, problem 6)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p2, p3 = self.p2_2(self.p2_1(x)), self.p3_2(self.p3_1(x))
+        return torch.cat((self.p1_1(x), p2, p3, self.p4_2(self.p4_1(x))), dim=1)
+
+
+def fuse(net: nn.Module) -> None:
+    """Make every convolution of ``net`` a :class:`ConvReLU`, in place, and every ReLU nothing."""
+    for module in net.modules():
+        if type(module) is nn.Conv2d:
+            module.__class__ = ConvReLU
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, nn.Identity())
+
+
+def fused_googlenet() -> GoogLeNet:
+    """Return the textbook network on ``cudnn_convolution_relu``, with the textbook's ``state_dict``."""
+    net = GoogLeNet(block=FusedInception)
+    fuse(net)
+    return net
+
+
+def compilations(mode: str, dry: bool) -> dict[str, dict[str, Any]]:
+    """Return keywords of ``torch.compile`` by a variant's name: rivals, of which the best counts.
+
+    Inductor can lose channels_last, in a backward above all (pytorch#189239); ``force_layout_optimization`` is the
+    remedy. A dry run only traces: Inductor's compiler for CPUs is no part of what it tests.
+    """
+    name = "compiled" if mode == "default" else f"compiled {mode}"
+    if dry:
+        return {name: {"backend": "eager"}}
+    options = torch._inductor.list_mode_options(mode)
+    forced = options | {"force_layout_optimization": True}
+    return {name: {"options": options}, f"{name}, force_layout_optimization": {"options": forced}}

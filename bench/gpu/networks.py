@@ -1,0 +1,86 @@
+"""Time GoogLeNet: inference at four batch sizes and training at two, plain and fast, in bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from bench.agreement import check_weights, errors, truth
+from bench.gpu.baselines import compilations, fused_googlenet
+from bench.gpu.case import Candidate, Case, Context, Row, contest
+from bench.harness import Runner, load_batch
+from fastinception import FastInception, GoogLeNet
+from fastinception.googlenet import xavier_uniform_
+
+
+class Workload(NamedTuple):
+    """One pass or one step of the network."""
+
+    mode: str
+    batch: int
+    image_size: int
+
+    def __str__(self) -> str:
+        return f"{self.mode} {self.batch}x{self.image_size}x{self.image_size}"
+
+
+WORKLOADS = (
+    Workload("inference", 128, 96),
+    Workload("training", 128, 96),
+    Workload("inference", 1, 224),
+    Workload("inference", 256, 224),
+    Workload("training", 256, 224),
+    Workload("inference", 32, 224),
+)
+TINY = (Workload("inference", 2, 32), Workload("training", 2, 32))
+
+
+def cases(how: str, context: Context) -> list[Case]:
+    """List the workloads; ``how`` is ``"eager"`` (CUDA graphs among them) or a mode of ``torch.compile``."""
+    needs = {"eager": 10.0, "default": 60.0, "reduce-overhead": 60.0, "max-autotune": 180.0}[how]
+    workloads = WORKLOADS
+    if context.dry:  # where all modes of torch.compile only trace
+        workloads = {"eager": TINY, "default": TINY[1:]}.get(how, ())
+    return [Case(str(workload), partial(_network, workload, how, context), needs) for workload in workloads]
+
+
+def _network(workload: Workload, how: str, context: Context) -> list[Row]:
+    torch.manual_seed(0)
+    # Random images: speed does not depend on what they show.
+    batch = load_batch(workload.batch, workload.image_size, context.device, synthetic=True)
+    weights = check_weights()
+    expected = truth(weights, batch.images, batch.labels, workload.mode == "training")
+    start = xavier_uniform_(GoogLeNet()).state_dict()
+
+    def runner(net: Callable[[], nn.Module], **options: Any) -> Candidate:
+        made = net()
+        made.load_state_dict(weights)
+        run = Runner(made, batch.images, batch.labels, mode=workload.mode, dtype="bf16", **options)
+        found = errors(run, expected)
+        made.load_state_dict(start)  # the textbook's, for the timing
+        return Candidate(run, found)
+
+    plain, fast = GoogLeNet, partial(GoogLeNet, block=FastInception)
+    # What errors are held against, and what ratios start from, whatever else is measured.
+    makers = {"plain eager NCHW": partial(runner, plain, layout="NCHW")}
+    if how == "eager":
+        nets = {"plain": plain, "FastInception": fast}
+        if workload.mode == "inference":
+            nets["plain cudnn_convolution_relu"] = fused_googlenet
+        for name, net in nets.items():
+            makers[f"{name} eager channels_last"] = partial(runner, net)
+            makers[f"{name} CUDA graph"] = partial(runner, net, cuda_graph=not context.dry)
+    else:
+        for name, options in compilations(how, context.dry).items():
+            makers[f"plain {name}"] = partial(runner, plain, compile_options=options)
+        name, options = next(iter(compilations(how, context.dry).items()))
+        makers[f"FastInception {name}"] = partial(runner, fast, compile_options=options)
+    rows = contest(makers, context, cold=False, seconds=2.0)
+    torch.compiler.reset()
+    unit = context.timer.unit
+    rate = unit.replace("us", "examples_per_second")
+    return [row | ({rate: round(1e6 * workload.batch / row[unit], 1)} if unit in row else {}) for row in rows]

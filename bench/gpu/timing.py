@@ -1,0 +1,104 @@
+"""Time runs on a GPU by its events, cold or one call after another; in a dry run by the CPU's clock."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench.harness import interleave, synchronize, wall_clock
+
+Run = Callable[[], object]
+# Calls of one cold sample, and the clock cycles for which the GPU waits at its start (at first 3 ms, at most 50): what
+# the host takes for a launch, more than many a kernel, would otherwise lie between the events.
+COLD_CALLS, HEAD_START, MOST_HEAD_START = 10, 5_000_000, 80_000_000
+
+
+class EventTimer:
+    """Time by CUDA events; every figure is in microseconds, under the key ``"us"``."""
+
+    unit = "us"
+
+    def __init__(self, device: torch.device) -> None:
+        self.sync = partial(synchronize, device)
+        size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 1 << 28)
+        # Read, not written: written lines would go back to memory while the next call is timed.
+        self.other = torch.zeros(size // 4, device=device)
+        self.head_start = HEAD_START
+
+    def cold(self, run: Run, calls: int) -> list[float]:
+        """Return seconds of at most COLD_CALLS calls, each with nothing of its data in the L2 cache; no host time."""
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(min(calls, COLD_CALLS))]
+        torch.cuda._sleep(self.head_start)
+        for start, end in pairs:
+            self.other.sum()
+            start.record()
+            run()
+            end.record()
+        host_was_ahead = not pairs[0][0].query()
+        self.sync()
+        if not host_was_ahead and self.head_start < MOST_HEAD_START:
+            self.head_start *= 2
+            return self.cold(run, calls)
+        return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+
+    def stream(self, run: Run, calls: int) -> list[float]:
+        """Return the mean seconds of calls one after another, the host's share included where it is the slower."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.sync()
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        self.sync()
+        return [start.elapsed_time(end) / 1e3 / calls]
+
+
+class HostTimer:
+    """Stand in for EventTimer on a CPU. Its figures say nothing about a GPU, and their key says so: ``"dry_us"``."""
+
+    unit = "dry_us"
+
+    def __init__(self, device: torch.device) -> None:
+        self.sync = partial(synchronize, device)
+
+    def cold(self, run: Run, calls: int) -> list[float]:
+        """Return seconds of one call."""
+        return self.stream(run, 1)
+
+    def stream(self, run: Run, calls: int) -> list[float]:
+        """Return the mean seconds of one call after another."""
+        return wall_clock(self.sync)(run, calls)
+
+
+Timer = EventTimer | HostTimer
+
+
+def measure(runs: Mapping[str, Run], timer: Timer, *, cold: bool, seconds: float) -> dict[str, dict[str, Any]]:
+    """Time runs in turn: each warmed up for a tenth of a second, then at least five rounds over all of them.
+
+    Args:
+        runs: by name; what they compute has been checked before.
+        timer: of the device they run on.
+        cold: time single calls that find nothing in the L2 cache; else calls one after another.
+        seconds: for the rounds of all runs together, unless five take longer.
+
+    Returns:
+        By name the ``timer.unit`` of the median, ``quartiles_`` of the same unit, and the number of ``samples``.
+    """
+    dry = isinstance(timer, HostTimer)
+    schedule = {"warmup": 0.0 if dry else 0.1, "rounds": 2 if dry else 5, "seconds": 0.0 if dry else seconds}
+    clock = timer.cold if cold else timer.stream
+    samples = list(interleave(runs, timer.sync, clock=clock, **schedule))[-1][0]
+    return {name: summary(times, timer.unit) for name, times in samples.items()}
+
+
+def summary(samples: list[float], unit: str) -> dict[str, Any]:
+    """Return the median and the quartiles of ``samples`` (seconds) in microseconds."""
+    times = [1e6 * sample for sample in samples]
+    quartiles = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    low, middle, high = (round(time, 3) for time in quartiles)
+    return {unit: middle, f"quartiles_{unit}": [low, high], "samples": len(times)}

@@ -1,0 +1,205 @@
+"""What only a device can show of the Triton path: bf16, streams, graphs, early launches, more than 2^31 elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.agreement import Errors, check
+from bench.gpu.case import Context
+from bench.gpu.kernels import Block, Shape
+from bench.gpu.timing import HostTimer
+from fastinception import FastInception, Inception
+from fastinception.googlenet import WIDTHS, Widths
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+SMALL = Widths(24, 16, (16, 24), (8, 16), 8)
+
+
+def _pair(widths: Widths, dtype: torch.dtype) -> tuple[nn.Module, FastInception]:
+    """Return the plain block and the fast one with the same random numbers."""
+    torch.manual_seed(0)
+    plain = Inception(*widths)
+    for p in plain.parameters():
+        nn.init.normal_(p, std=(2 / p[0].numel()) ** 0.5)
+    plain = plain.to(DEVICE, dtype).to(memory_format=torch.channels_last)
+    fast = FastInception(*widths, backend="triton").to(DEVICE, dtype).to(memory_format=torch.channels_last)
+    fast.load_state_dict(plain.state_dict())
+    return plain, fast
+
+
+def _images(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return random images in channels_last, made in place: some are larger than half of what is left."""
+    n, channels, height, width = shape
+    return torch.randn(n, height, width, channels, dtype=dtype, device=DEVICE).permute(0, 3, 1, 2)
+
+
+def _step(block: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, params: list[Tensor]) -> dict[str, Tensor]:
+    """Return the output and all gradients by name."""
+    x = x.detach().requires_grad_()
+    y = block(x)
+    grads = torch.autograd.grad(y, [x, *params], grad)
+    return {"output": y.detach()} | {str(i): g for i, g in enumerate(grads)}
+
+
+def _errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> Errors:
+    off = {name: float((found[name].double() - want).norm() / want.norm()) for name, want in truth.items()}
+    return Errors(off.pop("output"), off, max(off.values()))
+
+
+def _check_step(widths: Widths, shape: tuple[int, int, int], dtype: torch.dtype) -> Errors:
+    """Check output and gradients by the rule of twice plain's error; return the fast block's errors."""
+    plain, fast = _pair(widths, dtype)
+    n, height, width = shape
+    x = _images(n, widths.in_channels, height, width, dtype=dtype)
+    grad = torch.randn_like(plain(x))
+    with torch.no_grad():
+        exact = Inception(*widths).to(DEVICE, torch.float64)
+        exact.load_state_dict(plain.state_dict())
+    truth = _step(exact, x.double(), grad.double(), list(exact.parameters()))
+    errors = {
+        name: _errors(_step(block, x, grad, list(block.parameters())), truth)
+        for name, block in (("plain", plain), ("fast", fast))
+    }
+    check(f"{widths} {shape} {dtype}", errors["fast"], errors["plain"])
+    return errors["fast"]
+
+
+@pytest.mark.parametrize("name", ["3a", "4d", "5b"])
+def test_bf16_blocks_of_the_network(name):
+    _check_step(WIDTHS[name], (3, 7, 9), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_small_block_forward_and_backward(dtype):
+    _check_step(SMALL, (2, 5, 7), dtype)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_float32_follows_the_convolutions_switch(tf32):
+    with torch.backends.cudnn.flags(allow_tf32=tf32):
+        error = _check_step(WIDTHS["3a"], (2, 7, 7), torch.float32).output
+    # TF32 keeps 10 bits of a product's operands, and no card's TF32 is as exact as float32.
+    assert (error < 1e-5) != tf32 or not _has_tf32()
+
+
+def _has_tf32() -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def test_the_same_bits_twice():
+    _, fast = _pair(WIDTHS["3b"], torch.bfloat16)
+    x = _images(4, WIDTHS["3b"].in_channels, 14, 14, dtype=torch.bfloat16)
+    grad = torch.randn_like(fast(x))
+    first, second = (_step(fast, x, grad, list(fast.parameters())) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_a_side_stream_is_waited_for_and_used():
+    """The input is written late on the side stream: a launch on any other stream reads zeros."""
+    _, fast = _pair(SMALL, torch.bfloat16)
+    values = _images(2, SMALL.in_channels, 9, 9, dtype=torch.bfloat16)
+    grad = torch.randn_like(fast(values))
+    params = list(fast.parameters())
+    expected = _step(fast, values, grad, params)
+    x = torch.zeros_like(values)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)
+        x.copy_(values)
+        found = _step(fast, x, grad, params)
+    side.synchronize()
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def test_a_cuda_graph_replays_on_new_input():
+    _, fast = _pair(SMALL, torch.bfloat16)
+    params = list(fast.parameters())
+    batches = [_images(2, SMALL.in_channels, 9, 9, dtype=torch.bfloat16) for _ in range(3)]
+    grad = torch.randn_like(fast(batches[0]))
+    expected = [_step(fast, x, grad, params) for x in batches]
+    static = batches[0].clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            _step(fast, static, grad, params)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = _step(fast, static, grad, params)
+    for x, want in zip(batches, expected, strict=True):
+        static.copy_(x)
+        graph.replay()
+        for name in want:
+            assert torch.equal(found[name], want[name]), name
+
+
+def test_reduce_overhead_computes_what_eager_computes():
+    _, fast = _pair(SMALL, torch.bfloat16)
+    compiled = torch.compile(fast, mode="reduce-overhead", fullgraph=True)
+    with torch.inference_mode():
+        for _ in range(4):  # the graph is recorded in the second call
+            x = _images(2, SMALL.in_channels, 9, 9, dtype=torch.bfloat16)
+            assert torch.equal(compiled(x).clone(), fast(x))
+
+
+def test_launches_that_start_early_wait_for_what_they_read():
+    """Twenty times two dependent launches over poison; one that does not wait reads it."""
+    context = Context(torch.device(DEVICE), False, HostTimer(torch.device(DEVICE)), Path(), 0.0)
+    block = Block(Shape("3a", WIDTHS["3a"], 64, 96, 12), context)
+    entry, spatial = (replace(block.tiles(level, tuned=False), launch_pdl=True) for level in ("entry", "spatial"))
+    for _ in range(20):
+        for tensor in block.denses:
+            tensor.fill_(torch.nan)
+
+        def both() -> None:
+            block.entry(entry)
+            block.spatial(spatial, chained=True)
+
+        check("early launches", block.launched("block", both).errors, block.plain("block").errors)
+
+
+# 513 images of 256x256 pixels with 64 channels: 2^31 elements and 4,194,304 more, in and out.
+HUGE = Widths(64, 16, (16, 16), (16, 16), 16)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_more_elements_than_int32_can_count(backward):
+    if torch.cuda.mem_get_info()[0] < (60 if backward else 20) * 10**9:
+        pytest.skip("needs 20 GB of free memory, 60 with the backward")
+    _, fast = _pair(HUGE, torch.bfloat16)
+    x = _images(513, HUGE.in_channels, 256, 256, dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    last = x[-1:].clone(memory_format=torch.channels_last)
+    if not backward:
+        with torch.inference_mode():
+            found, expected = {"output": fast(x)[-1:]}, {"output": fast(last)}
+    else:
+        grad = _images(513, 64, 256, 256, dtype=torch.bfloat16)
+        found = {name: t[-1:] for name, t in _step(fast, x, grad, []).items()}
+        expected = _step(fast, last, grad[-1:].clone(memory_format=torch.channels_last), [])
+    for name, want in expected.items():
+        # Not bit by bit: a table of tuned tiles may sum in another order for one image.
+        error = float((found[name].float() - want.float()).norm() / want.float().norm())
+        assert error < 1e-2, f"{name} is off by {error:.2e}"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_a_device_that_is_not_the_current_one():
+    _, fast = _pair(SMALL, torch.bfloat16)
+    x = _images(2, SMALL.in_channels, 9, 9, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        expected = fast(x)
+        assert torch.equal(fast.to("cuda:1")(x.to("cuda:1")).to(DEVICE), expected)
