@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -38,6 +39,7 @@ try:
     from bench.gpu.case import Case, Context
     from bench.gpu.timing import EventTimer, HostTimer
     from bench.record import conditions, write_json
+    from fastinception.kernels.target import interpreted
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing}: install what the benchmarks need with pip install -e '.[bench]'")
 
@@ -51,6 +53,7 @@ PARTS: dict[str, Callable[[Context], list[Case]]] = {
     "blocks": blocks.eager,
     "networks": partial(networks.cases, "eager"),
     "kernelbench": blocks.kernelbench,
+    "passes": kernels.passes,
     "networks-compiled": partial(networks.cases, "default"),
     "networks-reduce-overhead": partial(networks.cases, "reduce-overhead"),
     "blocks-max-autotune": blocks.autotuned,
@@ -83,7 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--dry-run measures nothing: it does not write into bench/results")
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here; --dry-run tests the script without one")
-    if not args.dry_run and "TRITON_INTERPRET" in os.environ:
+    if not args.dry_run and interpreted():
         parser.error("TRITON_INTERPRET is set, which runs kernels on a CPU: unset it")
     return args
 
@@ -129,6 +132,7 @@ def run_part(part: str, context: Context, record: Record) -> None:
         faulthandler.cancel_dump_traceback_later()
         cases[case.name] = {"rows": rows, "seconds": round(time.monotonic() - start, 1)}
         record.write(running=None)
+        gc.collect()  # what torch.compile leaves behind refers to itself
         torch.cuda.empty_cache()
     record.write(finished=True)
 
@@ -185,8 +189,8 @@ def main(argv: list[str] | None = None) -> int:
     for record in records.values():
         before = record.content["conditions"]
         for name in SAME:
-            if before[name] != about[name]:
-                words = f"made with {name} {before[name]!r}, and now it is {about[name]!r}: use another --output"
+            if before.get(name) != about[name]:
+                words = f"made with {name} {before.get(name)!r}, and now it is {about[name]!r}: use another --output"
                 print(f"{record.path} was {words}", file=sys.stderr)
                 return 2
     records = {part: records[part] for part in args.only}
@@ -216,4 +220,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # So that whoever ends the command ends what it started, too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

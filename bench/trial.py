@@ -10,12 +10,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bench.gpu.timing import COLD_CALLS, EventTimer
 from bench.harness import DTYPES
 from fastinception.googlenet import Widths
 from fastinception.reference import Inception
 
 Run = Callable[[], Sequence[Tensor]]
-CALLS = 10  # of one sample
 STRIDES = {"3": 8, "4": 16, "5": 32}  # of a block's pixels against the image's, by its stage
 
 
@@ -56,25 +56,11 @@ class Timer:
     unit = "us"
 
     def __init__(self, device: torch.device) -> None:
-        size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 1 << 28)
-        self.other = torch.zeros(size // 4, device=device)
-        self.wait = 5_000_000  # clock cycles at the start, so that the host is ahead of the GPU
+        self.events = EventTimer(device)
 
     def __call__(self, run: Run) -> list[float]:
-        """Return the times of CALLS calls."""
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(CALLS)]
-        torch.cuda._sleep(self.wait)
-        for start, end in pairs:
-            self.other.sum()  # read, not written: written lines would go back to memory while the call runs
-            start.record()
-            run()
-            end.record()
-        host_was_ahead = not pairs[0][0].query()
-        torch.cuda.synchronize()
-        if not host_was_ahead and self.wait < 80_000_000:
-            self.wait *= 2
-            return self(run)
-        return [1e3 * start.elapsed_time(end) for start, end in pairs]
+        """Return the times of some calls."""
+        return [1e6 * seconds for seconds in self.events.cold(run, COLD_CALLS)]
 
 
 class DryTimer:

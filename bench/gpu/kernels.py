@@ -13,10 +13,11 @@ from torch import Tensor
 
 from bench import roofline
 from bench.agreement import Errors
-from bench.gpu.case import Candidate, Case, Context, Row, contest, output_error
+from bench.gpu.case import Candidate, Case, Context, Row, contest, output_error, unsearched
 from bench.gpu.model import modelled
-from bench.gpu.timing import Run, measure
+from bench.gpu.timing import Run, each_launch, measure
 from bench.harness import SIDES
+from bench.trial import Unit
 from fastinception.googlenet import WIDTHS, Widths
 from fastinception.reference import Inception
 
@@ -75,10 +76,14 @@ class Block:
             "spatial": (second, third),
             "block": (self.out,),
         }
-        x = self.x.double()
+        with unsearched():
+            self.truth = self._truth()
+
+    def _truth(self) -> dict[str, tuple[Tensor, ...]]:
+        net, x = self.net, self.x.double()
         y1, y2, y3 = (_conv(x, conv) for conv in (net.p1_1, net.p2_1, net.p3_1))
         y4 = _conv(F.max_pool2d(x, 3, 1, 1), net.p4_2)
-        self.truth = {
+        return {
             "entry": (y1, y2, y3, y4),
             "spatial": (_conv(self.r2.double(), net.p2_2), _conv(self.r3.double(), net.p3_2)),
             "block": (torch.cat((y1, _conv(y2, net.p2_2), _conv(y3, net.p3_2), y4), dim=1),),
@@ -140,7 +145,7 @@ class Block:
 
     def launched(self, level: str, run: Run) -> Candidate:
         """Return a launch as a candidate, after one run over poison."""
-        for tensor in self.written[level]:
+        for tensor in (self.out, *self.denses):
             tensor.fill_(torch.nan)
         run()
         return Candidate(run, _error(self.written[level], self.truth[level]))
@@ -219,6 +224,20 @@ def _launches(shape: Shape, context: Context) -> list[Row]:
         found[-1]["tiles"] = str(block.tiles(level, tuned=True))
         rows += beside_floor(found, block, level, context)
     return beside_model(rows, shape)
+
+
+def passes(context: Context) -> list[Case]:
+    """List whatever launches whole passes make, the backward's too; that their numbers are right, the tests say."""
+    return [Case(str(shape), partial(_pass, shape, context), 20) for shape in shapes(context)]
+
+
+def _pass(shape: Shape, context: Context) -> list[Row]:
+    unit = Unit(shape.block, shape.widths, shape.batch, shape.image_size, "fp16" if context.dry else "bf16")
+    return [
+        {"variant": f"{name}, launch {i}: {row.pop('kernel')}"} | row
+        for name, run in unit.passes(context.device).items()
+        for i, row in enumerate(each_launch(run, context.timer), 1)
+    ]
 
 
 def beside_floor(rows: list[Row], block: Block, level: str, context: Context) -> list[Row]:

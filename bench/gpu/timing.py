@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -29,21 +32,29 @@ class EventTimer:
         self.other = torch.zeros(size // 4, device=device)
         self.head_start = HEAD_START
 
-    def cold(self, run: Run, calls: int) -> list[float]:
-        """Return seconds of at most COLD_CALLS calls, each with nothing of its data in the L2 cache; no host time."""
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(min(calls, COLD_CALLS))]
+    def mark(self, run: Run) -> tuple[Any, Any]:
+        """Call ``run`` with nothing of its data in the L2 cache, between the two events that are returned."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.other.sum()
+        start.record()
+        run()
+        end.record()
+        return start, end
+
+    def read(self, launch: Callable[[], Sequence[tuple[Any, Any]]]) -> list[float]:
+        """Return the seconds between the marks that ``launch`` made, no host time among them."""
         torch.cuda._sleep(self.head_start)
-        for start, end in pairs:
-            self.other.sum()
-            start.record()
-            run()
-            end.record()
-        host_was_ahead = not pairs[0][0].query()
+        marks = launch()
+        host_was_ahead = not marks or not marks[0][0].query()
         self.sync()
         if not host_was_ahead and self.head_start < MOST_HEAD_START:
             self.head_start *= 2
-            return self.cold(run, calls)
-        return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+            return self.read(launch)
+        return [start.elapsed_time(end) / 1e3 for start, end in marks]
+
+    def cold(self, run: Run, calls: int) -> list[float]:
+        """Return seconds of at most COLD_CALLS calls, each with nothing of its data in the L2 cache; no host time."""
+        return self.read(lambda: [self.mark(run) for _ in range(min(calls, COLD_CALLS))])
 
     def stream(self, run: Run, calls: int) -> list[float]:
         """Return the mean seconds of calls one after another, the host's share included where it is the slower."""
@@ -64,6 +75,16 @@ class HostTimer:
 
     def __init__(self, device: torch.device) -> None:
         self.sync = partial(synchronize, device)
+
+    def mark(self, run: Run) -> tuple[float, float]:
+        """Return the clock before and after ``run``."""
+        start = time.perf_counter()
+        run()
+        return start, time.perf_counter()
+
+    def read(self, launch: Callable[[], Sequence[tuple[float, float]]]) -> list[float]:
+        """Return the seconds between marks."""
+        return [end - start for start, end in launch()]
 
     def cold(self, run: Run, calls: int) -> list[float]:
         """Return seconds of one call."""
@@ -94,6 +115,37 @@ def measure(runs: Mapping[str, Run], timer: Timer, *, cold: bool, seconds: float
     clock = timer.cold if cold else timer.stream
     samples = list(interleave(runs, timer.sync, clock=clock, **schedule))[-1][0]
     return {name: summary(times, timer.unit) for name, times in samples.items()}
+
+
+def each_launch(run: Run, timer: Timer) -> list[dict[str, Any]]:
+    """Time every Triton launch of ``run`` apart, whoever makes it: each finds nothing of its data in the L2 cache.
+
+    Returns:
+        In the order of the launches: the ``kernel``'s name and its figures, as ``measure`` returns them.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    kernels: list[str] = []
+
+    def launch() -> list[tuple[Any, Any]]:
+        kernels.clear()
+        marks: list[tuple[Any, Any]] = []
+
+        def timed(self: Any, *args: Any, **kwargs: Any) -> None:
+            kernels.append(self.fn.__name__)
+            marks.append(timer.mark(lambda: originals[type(self)](self, *args, **kwargs)))
+
+        with contextlib.ExitStack() as patched:
+            for kind in originals:
+                patched.enter_context(mock.patch.object(kind, "run", timed))
+            run()
+        return marks
+
+    originals = {kind: kind.run for kind in (InterpretedFunction, JITFunction)}
+    run()  # compiles
+    samples = zip(*(timer.read(launch) for _ in range(2 if isinstance(timer, HostTimer) else 15)), strict=True)
+    return [{"kernel": name} | summary(list(times), timer.unit) for name, times in zip(kernels, samples, strict=True)]
 
 
 def summary(samples: list[float], unit: str) -> dict[str, Any]:

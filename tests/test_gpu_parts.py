@@ -1,0 +1,224 @@
+"""Test what the GPU suite's parts are made of: the contest, the clocks, the model, the comparison and the baselines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton")
+
+from bench.agreement import Errors
+from bench.gpu import baselines, kernels, model, report, timing
+from bench.gpu.case import Candidate, Context, contest
+from bench.roofline import CHIPS, Work, floor_us
+from fastinception import GoogLeNet, Inception
+from fastinception.googlenet import WIDTHS
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, under the interpreter
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.*"),
+]
+
+
+class _NoTimer(timing.HostTimer):
+    """A device that can do no more."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.sync = self._raise
+
+    def _raise(self) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def _context(timer: timing.Timer | None = None) -> Context:
+    device = torch.device("cpu")
+    return Context(device, True, timer or timing.HostTimer(device), Path(), 0.0)
+
+
+def test_a_variant_that_is_wrong_or_fails_is_not_timed() -> None:
+    runs: list[str] = []
+
+    def maker(name: str, error: float) -> Any:
+        return lambda: Candidate(lambda: runs.append(name), Errors(error, {}, 0.0))
+
+    def fails() -> Candidate:
+        raise torch.OutOfMemoryError("too large")
+
+    makers = {
+        "early": maker("early", 0.0),
+        "plain": maker("plain", 1e-3),
+        "right": maker("right", 1.9e-3),
+        "wrong": maker("wrong", 2.1e-3),
+        "nan": maker("nan", float("nan")),
+        "large": fails,
+    }
+    rows = {row["variant"]: row for row in contest(makers, _context(), cold=True)}
+    assert list(rows) == list(makers)
+    assert {name for name, row in rows.items() if "dry_us" in row} == {"plain", "right"} == set(runs)
+    assert "no plain variant" in rows["early"]["failed"]
+    assert "wrong: output is off by 2.10e-03" in rows["wrong"]["failed"]
+    assert "nan" in rows["nan"]["failed"]
+    assert rows["large"]["failed"] == "OutOfMemoryError: too large"
+
+
+def test_a_lost_device_ends_the_contest() -> None:
+    def fails() -> Candidate:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        contest({"plain": fails}, _context(_NoTimer()), cold=True)
+
+
+def test_each_launch_is_marked_in_order_and_still_happens() -> None:
+    block = kernels.Block(next(kernels.shapes(_context())), _context())
+
+    def run() -> None:
+        block.spatial()
+        block.spatial()
+        block.entry()
+
+    class Timer(timing.HostTimer):
+        def mark(self, run: timing.Run) -> tuple[float, float]:
+            run()
+            return 0.0, 1.0
+
+        def read(self, launch: Any) -> list[float]:
+            block.out.fill_(torch.nan)
+            return [(end - start) * (i + 1) for i, (start, end) in enumerate(launch())]
+
+    rows = timing.each_launch(run, Timer(torch.device("cpu")))
+    assert [row["kernel"] for row in rows] == ["_spatial_kernel", "_spatial_kernel", "_entry_kernel"]
+    assert [row["dry_us"] for row in rows] == [1e6, 2e6, 3e6]
+    assert block.out.isfinite().all()
+
+
+class _Event:
+    """An event of a GPU that is slow to start: the host is ahead from the second head start on."""
+
+    asked = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        _Event.asked += 1
+        return _Event.asked == 1
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 0.25
+
+
+def test_events_are_milliseconds_and_the_host_gets_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    timer = timing.EventTimer.__new__(timing.EventTimer)
+    timer.sync, timer.other, timer.head_start = lambda: None, torch.zeros(1), timing.HEAD_START
+    calls: list[int] = []
+    assert timer.cold(lambda: calls.append(1), 1000) == [0.25e-3] * timing.COLD_CALLS
+    assert slept == [timing.HEAD_START, 2 * timing.HEAD_START]
+    assert len(calls) == 2 * timing.COLD_CALLS
+    assert timer.stream(lambda: None, 5) == [0.05e-3]
+    assert timing.summary([1e-6, 2e-6, 3e-6, 4e-6, 5e-6], "us") == {"us": 3, "quartiles_us": [2, 4], "samples": 5}
+
+
+def test_the_comparison_takes_the_best_of_all_parts() -> None:
+    def part(**figures: float) -> dict[str, Any]:
+        def rows() -> list[dict[str, Any]]:
+            return [{"variant": name.replace("_", " "), "us": us} for name, us in figures.items()]
+
+        return {"cases": {f"{block} at 128x96x96": {"rows": rows()} for block in WIDTHS}}
+
+    parts = {
+        "blocks": part(plain_eager=30.0, plain_compiled=20.0, FastInception=10.0),
+        "blocks-max-autotune": part(plain_max=15.0, FastInception=12.0),
+        "networks": {"cases": {"inference": {"rows": [{"variant": "plain", "us": 1.0}]}}},
+    }
+    parts["blocks"]["cases"]["5b at 128x96x96"]["rows"][2]["us"] = 30.0
+    *rows, mean = report.compare(parts)
+    assert [row["ratio"] for row in rows] == [1.5] * 8 + [1.25]
+    assert rows[0]["plain"] == "plain max"
+    assert rows[0]["parts"] == ["blocks", "blocks-max-autotune"]
+    assert mean["workload"] == "geometric mean at 128x96x96"
+    assert mean["ratio"] == round((1.5**8 * 1.25) ** (1 / 9), 3)
+    assert mean["least"] == 1.25
+    del parts["blocks"]["cases"]["3a at 128x96x96"], parts["blocks-max-autotune"]["cases"]["3a at 128x96x96"]
+    assert len(report.compare(parts)) == 8  # no mean of some
+
+
+def test_the_model_is_the_studys() -> None:
+    """Its sums over the nine blocks, and figures that follow from its tables."""
+    for size, sums in (((128, 96), (95, 132, 97, 194, 475)), ((256, 224), (608, 957, 730, 1063, 2703))):
+        blocks = model.MODEL[size].values()
+        assert tuple(round(sum(block[i] for block in blocks)) for i in range(5)) == sums
+        assert list(model.MODEL[size]) == list(WIDTHS)
+    figures = model.modelled("3b", 256, 224, 256 * 28 * 28)
+    assert figures["entry, 128x128 tiles"] == round(131.2 * 64 / 48, 1)
+    assert figures["entry, 256x128 tiles"] == 131.2
+    assert figures["spatial, 256x128 tiles"] == round(209.3 * 48 / 37, 1)
+    assert figures["entry, separate tile order"] == round(131.2 + 2 * 200704 * 256 / 2.76e6, 1)
+    assert figures["two launches"] - figures["two launches, dependent launch"] == pytest.approx(1.8)
+    small = model.modelled("4a", 128, 96, 128 * 36)
+    assert small["entry, separate tile order"] == small["entry"]  # x stays in the L2 cache
+    assert "spatial, 256x128 tiles" not in small
+    assert model.modelled("3b", 32, 224, 32 * 28 * 28) == {}
+    rows = kernels.beside_model(
+        [{"variant": "entry"}, {"variant": "plain entry"}], kernels.Shape("3b", WIDTHS["3b"], 256, 224, 28)
+    )
+    assert rows == [{"variant": "entry", "model_us": 131.2}, {"variant": "plain entry"}]
+
+
+def test_chained_launches_read_what_the_first_wrote_and_others_what_was_given() -> None:
+    block = kernels.Block(next(kernels.shapes(_context())), _context())
+    given = block.r2.clone()
+    block.r2.fill_(torch.nan)
+    block.entry()
+    block.spatial(chained=True)
+    assert block.out.isfinite().all()
+    block.r2.copy_(given)
+    assert block.launched("spatial", block.spatial).errors.output < 1e-3  # over poison where the entry level writes
+
+
+def test_floors_of_launches_are_the_studys() -> None:
+    """3a at 128x96x96, with the study's rates: 4.9 us for level 0, 5.7 for level 1."""
+    block = kernels.Block.__new__(kernels.Block)
+    block.shape, block.dtype = kernels.Shape("3a", WIDTHS["3a"], 128, 96, 12), torch.bfloat16
+    chip = CHIPS["h100"]._replace(half=798, memory=3.0)
+    assert floor_us(block.work("entry"), chip, "bf16")[0] == pytest.approx(4.9, abs=0.05)
+    assert floor_us(block.work("spatial"), chip, "bf16")[0] == pytest.approx(5.7, abs=0.05)
+    assert block.work("block").flops == block.work("entry").flops + block.work("spatial").flops
+    assert isinstance(block.work("block"), Work)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+def test_compile_options_are_known_to_inductor(mode: str) -> None:
+    usual, forced = (options["options"] for options in baselines.compilations(mode, dry=False).values())
+    for options in (usual, forced):
+        torch.compile(nn.Identity(), options=options)  # refuses what it does not know
+    assert forced == usual | {"force_layout_optimization": True}
+    assert bool(usual) == (mode != "default")
+
+
+def test_baselines_compute_what_the_textbook_computes() -> None:
+    torch.manual_seed(0)
+    net, fused = GoogLeNet(), baselines.fused_googlenet()
+    fused.load_state_dict(net.state_dict())
+    x = torch.randn(2, 1, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(x), net(x))
+        assert not [m for m in fused.modules() if isinstance(m, nn.ReLU) or type(m) is nn.Conv2d]
+        block, linear = Inception(*WIDTHS["3a"]), baselines.LinearInception(*WIDTHS["3a"])
+        linear.load_state_dict(block.state_dict())
+        x = torch.randn(1, 192, 4, 4)
+        p2, p3 = block.p2_2(block.p2_1(x)), block.p3_2(block.p3_1(x))
+        expected = torch.cat((block.p1_1(x), p2, p3, block.p4_2(block.p4_1(x))), 1)
+        torch.testing.assert_close(linear(x), expected)
