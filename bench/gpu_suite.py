@@ -94,8 +94,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 class Record:
     """What is known of one part: written anew behind each case, so that nothing measured is lost.
 
-    ``cases`` maps a case's name to its ``rows`` and ``seconds``, or to its ``error``; ``running`` is the case that
-    runs; ``finished`` says that every case is there.
+    ``cases`` maps a case's name to its ``rows`` and ``seconds``, or to the ``error`` and ``status`` with which it ended
+    its process; ``running`` is the case that runs; ``finished`` says that every case is there.
     """
 
     def __init__(self, part: str, output: Path, about: dict[str, Any]) -> None:
@@ -157,8 +157,8 @@ def run_in_processes(part: str, args: argparse.Namespace, deadline: float, recor
         record.reread()
         if status in (0, 3):
             return
-        error = f"ended its process with status {status}: {log.read_text(errors='replace').strip()[-2000:]}"
-        record.content["cases"][record.content["running"] or "before the first case"] = {"error": error}
+        error = {"error": log.read_text(errors="replace").strip()[-2000:], "status": status}
+        record.content["cases"][record.content["running"] or "before the first case"] = error
         record.write(running=None)
     record.write(given_up=f"after {DEATHS} cases that ended their process")
 

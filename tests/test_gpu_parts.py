@@ -199,6 +199,29 @@ def test_floors_of_launches_are_the_studys() -> None:
     assert isinstance(block.work("block"), Work)
 
 
+def test_ceilings_are_measured_and_rows_say_what_share_they_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "PRODUCT", 16)
+    monkeypatch.setattr(kernels, "COPIED", 1024)
+    monkeypatch.setattr(kernels, "measure", lambda runs, timer, **how: {"": {"us": 1e-5}})
+    before = torch.backends.cuda.matmul.fp32_precision
+    context = _context()._replace(dry=False)
+    # 2 * 16^3 operations and 2 * 1024 bytes in 10 ps: 819 TFLOP/s and 205 TB/s.
+    assert kernels.ceilings(context) == (819.2, 819.2, 204.8)
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    block = kernels.Block(next(kernels.shapes(_context())), _context())
+    size, work = block.dtype.itemsize, block.work("spatial")
+    assert work.floor_bytes == size * (2 * 16 * (8 + 8 + 8 + 8) + (9 + 25) * 64)
+    assert work.flops == 2 * 2 * 16 * (9 + 25) * 64
+    floor = work.flops / 819.2e6
+    rows = kernels.beside_floor([{"variant": "a", "us": 4 * floor}, {"variant": "b"}], block, "spatial", context)
+    assert rows[0]["bound"] == "products"
+    assert rows[0]["of_floor"] == 0.25
+    assert "of_floor" not in rows[1]
+    assert kernels.beside_floor([{"variant": "a", "us": 1.0}], block, "spatial", _context()) == [
+        {"variant": "a", "us": 1.0}
+    ]
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
 def test_compile_options_are_known_to_inductor(mode: str) -> None:
     usual, forced = (options["options"] for options in baselines.compilations(mode, dry=False).values())

@@ -138,7 +138,7 @@ BROKEN = """
     from bench.gpu.case import Case
 
     def raises():
-        raise RuntimeError("this case raises")
+        raise RuntimeError("this case raises [/not markup]")
 
     def fine():
         return [{{"variant": "plain", "dry_us": 1.0}}]
@@ -168,7 +168,7 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 1
         assert "FAILED: mixed, row, plain: OutOfMemoryError: too large" in done.stderr
-        assert "FAILED: mixed, raises: RuntimeError: this case raises" in done.stderr
+        assert "FAILED: mixed, raises: status 1: RuntimeError: this case raises [/not markup]" in done.stderr
         mixed, dead, good = (_strict(tmp_path / "out" / f"{part}.json") for part in ("mixed", "dead", "good"))
         assert list(mixed["cases"]) == ["row", "raises", "hangs", "fine"], again
         assert mixed["finished"] is True
@@ -176,7 +176,7 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
         assert "Timeout" in mixed["cases"]["hangs"]["error"]
         assert "time.sleep" in mixed["cases"]["hangs"]["error"] or "broken.py" in mixed["cases"]["hangs"]["error"]
         assert list(dead["cases"]) == ["dies 0", "dies 1", "dies 2"]
-        assert "status 7" in dead["cases"]["dies 0"]["error"]
+        assert dead["cases"]["dies 0"]["status"] == 7
         assert "given_up" in dead
         assert good["finished"] is True
 

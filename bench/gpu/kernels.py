@@ -22,6 +22,8 @@ from fastinception.googlenet import WIDTHS, Widths
 from fastinception.reference import Inception
 
 SIZES = ((256, 224), (128, 96))  # batch and image size
+# Large enough for a card's ceilings: rows and columns of a product's matrices, and bytes of a copy.
+PRODUCT, COPIED = 8192, 1 << 30
 DECISIVE = ("3b", "4d", "4e", "3a")
 
 
@@ -174,6 +176,7 @@ def _decide(shape: Shape, context: Context) -> list[Row]:
     # The default has tiles of 128x128: measured twice, which shows the noise.
     entry, spatial = block.tiles("entry", tuned=False), block.tiles("spatial", tuned=False)
     wide = {"block_m": 256, "num_warps": 8, "num_stages": 4}
+    wide_entry = replace(entry, **wide, pool=(64, 64, 32))  # beside the pool's default tile it spills
 
     def apart() -> None:
         block.entry(entry, part="pool")
@@ -188,7 +191,7 @@ def _decide(shape: Shape, context: Context) -> list[Row]:
             "entry": partial(block.entry, entry),
             "entry, pool and GEMM apart": apart,
             "entry, 128x128 tiles": partial(block.entry, replace(entry, block_m=128)),
-            "entry, 256x128 tiles": partial(block.entry, replace(entry, **wide)),
+            "entry, 256x128 tiles": partial(block.entry, wide_entry),
             "entry, separate tile order": partial(block.entry, replace(entry, interleaved=False)),
         },
         "spatial": {
@@ -260,18 +263,17 @@ def ceilings(context: Context) -> roofline.Chip | None:
     """Measure what floors are made of on this card: large products (bf16, TF32) and a large copy; None in a dry run."""
     if context.dry:
         return None
-    size, memory = 8192, 1 << 30
     figures = {}
     with torch.inference_mode():
-        source = torch.randn(memory // 4, device=context.device)
+        source = torch.randn(COPIED // 4, device=context.device)
         target = torch.empty_like(source)
         figures["copy"] = measure({"": partial(target.copy_, source)}, context.timer, cold=False, seconds=0.3)
         for name, dtype in (("half", torch.bfloat16), ("tf32", torch.float32)):
-            a, b = (torch.randn(size, size, device=context.device).to(dtype) for _ in range(2))
+            a, b = (torch.randn(PRODUCT, PRODUCT, device=context.device).to(dtype) for _ in range(2))
             before = torch.backends.cuda.matmul.fp32_precision
             torch.backends.cuda.matmul.fp32_precision = "tf32"
             figures[name] = measure({"": partial(torch.mm, a, b)}, context.timer, cold=False, seconds=0.3)
             torch.backends.cuda.matmul.fp32_precision = before
-    products = 2 * size**3 / 1e6
+    products = 2 * PRODUCT**3 / 1e6
     half, tf32 = (products / figures[name][""]["us"] for name in ("half", "tf32"))
-    return roofline.Chip(round(half, 1), round(tf32, 1), round(2 * memory / figures["copy"][""]["us"] / 1e6, 3))
+    return roofline.Chip(round(half, 1), round(tf32, 1), round(2 * COPIED / figures["copy"][""]["us"] / 1e6, 3))

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bench.gpu.case import Row
@@ -32,6 +33,7 @@ def table(content: Mapping[str, Any]) -> Table:
     dry = content["conditions"]["dry"]
     unit, rate = ("dry_us", "dry_examples_per_second") if dry else ("us", "examples_per_second")
     title = f"{content['part']}{' (DRY RUN on a CPU: no figure of a GPU)' if dry else ''}"
+    columns = (*TOLD, unit, f"quartiles_{unit}", rate)
     view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     view.add_column("case", no_wrap=True)
     view.add_column("variant", no_wrap=True)
@@ -42,22 +44,24 @@ def table(content: Mapping[str, Any]) -> Table:
         for i, row in enumerate(result.get("rows") or [{"variant": "", "failed": last_line(result)}]):
             low, high = row.get(f"quartiles_{unit}", (None, None))
             view.add_row(
-                "" if i else case,
-                row["variant"],
+                "" if i else escape(case),
+                escape(row["variant"]),
                 f"{row[unit]:.1f}" if unit in row else "",
                 "" if low is None else f"{low:.1f}, {high:.1f}",
                 f"{row['model_us']:.1f}" if "model_us" in row else "",
                 f"{row['of_floor']:.0%}" if "of_floor" in row else "",
                 f"{row[rate]:.1f}" if rate in row else "",
-                ", ".join(f"{k}: {v}" for k, v in row.items() if k not in (*TOLD, unit, f"quartiles_{unit}", rate)),
+                escape(", ".join(f"{key}: {str(value)[-300:]}" for key, value in row.items() if key not in columns)),
                 style="red" if "failed" in row else "bold" if row["variant"].startswith("FastInception") else "",
             )
     return view
 
 
 def last_line(result: Mapping[str, Any]) -> str:
-    """Return the last line of a case's error: what Python puts the message in."""
-    return (result.get("error", "").strip().splitlines() or ["no rows"])[-1]
+    """Say how a case ended its process, in one line: the last of its output is where Python puts the message."""
+    if "error" not in result:
+        return "no rows"
+    return f"status {result['status']}: {(result['error'].splitlines() or ['no output'])[-1]}"
 
 
 def _unit(row: Row) -> str:
