@@ -15,14 +15,18 @@ _CHAIN = 2048  # pixels that a float32 product may sum one after another
 # p1_1, p2_1, p2_2, p3_1, p3_2, p4_2, a weight and a bias of each.
 
 
-def compose(x: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """Return the block of ``x`` from differentiable operators without side effects: for any PyTorch transform."""
+def compose(x: Tensor, params: Sequence[Tensor], relu: bool = True) -> Tensor:
+    """Return the block of ``x`` from differentiable operators without side effects: for any PyTorch transform.
+
+    Without ``relu`` there is none behind any convolution.
+    """
     w1, b1, w21, b21, w22, b22, w31, b31, w32, b32, w42, b42 = params
-    entry = F.relu(F.conv2d(x, torch.cat((w1, w21, w31)), torch.cat((b1, b21, b31))))
+    activation = F.relu if relu else (lambda y: y)
+    entry = activation(F.conv2d(x, torch.cat((w1, w21, w31)), torch.cat((b1, b21, b31))))
     p1, r2, r3 = entry.split((w1.shape[0], w21.shape[0], w31.shape[0]), dim=1)
-    p2 = F.relu(F.conv2d(r2, w22, b22, padding=1))
-    p3 = F.relu(F.conv2d(r3, w32, b32, padding=2))
-    p4 = F.relu(F.conv2d(F.max_pool2d(x, 3, 1, 1), w42, b42))
+    p2 = activation(F.conv2d(r2, w22, b22, padding=1))
+    p3 = activation(F.conv2d(r3, w32, b32, padding=2))
+    p4 = activation(F.conv2d(F.max_pool2d(x, 3, 1, 1), w42, b42))
     return torch.cat((p1, p2, p3, p4), dim=1)
 
 

@@ -10,8 +10,17 @@ from torch import Tensor
 from fastinception import aten, backends, ops
 from fastinception.backends import Path
 
+ACTIVATIONS = ("relu", "none")
 
-def inception(x: Tensor, params: Sequence[Tensor], *, backend: str = "auto", out: Tensor | None = None) -> Tensor:
+
+def inception(
+    x: Tensor,
+    params: Sequence[Tensor],
+    *,
+    backend: str = "auto",
+    out: Tensor | None = None,
+    activation: str = "relu",
+) -> Tensor:
     """Return the Inception block of ``x``: four branches, each convolution followed by a ReLU, side by side.
 
     The functional form of :class:`fastinception.Inception`. Under autocast ``x`` and ``params`` are cast to its
@@ -25,33 +34,41 @@ def inception(x: Tensor, params: Sequence[Tensor], *, backend: str = "auto", out
         backend: ``"auto"``, ``"triton"`` or ``"aten"``.
         out: ``[N, c1 + c2[1] + c3[1] + c4, H, W]`` to write into and return, contiguous or channels_last; only
             where no gradient is recorded.
+        activation: ``"relu"``, or ``"none"`` for the convolutions and the pool alone; where a gradient is recorded
+            standard operators compute that.
 
     Returns:
         ``out``, or a new tensor: channels_last where ``x`` is, contiguous where ``x`` is.
 
     Raises:
         TypeError: a tensor has a wrong type or dtype.
-        ValueError: a tensor has a wrong shape or device, ``out`` cannot be used, or the backend cannot run.
+        ValueError: a tensor has a wrong shape or device, ``out`` cannot be used, the backend cannot run, or the
+            activation is unknown.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
     path, x, params = prepare(x, params, backend)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
+    relu = activation == "relu"
+    if not relu and (path.name == "aten" or (needs_grad and out is None)):
+        path = Path("plain", "only Triton's forward comes without ReLU")
     if out is not None and path.name == "plain":
-        return copy_into(out, aten.compose(x, params), (x, *params))
+        return copy_into(out, aten.compose(x, params, relu), (x, *params))
     if out is not None:
         _check_out(out, ops.output_shape(x, params), x, needs_grad)
-        torch.ops.fastinception.inception_out(x, *params, path.name, out)
+        torch.ops.fastinception.inception_out(x, *params, path.name, out, relu)
         if path.name == "triton" and not torch.compiler.is_compiling() and not out.is_inference():
             torch.autograd.graph.increment_version(out)  # a kernel writes behind autograd's back
         return out
     if path.name == "plain":
-        return aten.compose(x, params)
+        return aten.compose(x, params, relu)
     if path.name == "aten" and not needs_grad and torch.compiler.is_compiling():
         return aten.compose_for_inductor(x, params) if x.device.type == "cpu" else aten.compose(x, params)
     if path.name == "aten" and not needs_grad:
         y = ops.empty_output(x, params)
         aten.forward(x, params, y)
         return y
-    return ops.run(path.name, x, params, needs_grad)
+    return ops.run(path.name, x, params, needs_grad, relu)
 
 
 def prepare(x: Tensor, params: Sequence[Tensor], backend: str) -> tuple[Path, Tensor, list[Tensor]]:

@@ -72,7 +72,8 @@ torch.library.define(
 )
 torch.library.define(
     "fastinception::triton_forward",
-    f"(Tensor x, {_PARAMS}, bool save) -> (Tensor out, Tensor r2, Tensor r3, Tensor mask, Tensor pooled, Tensor codes)",
+    f"(Tensor x, {_PARAMS}, bool save, bool relu=True) -> "
+    "(Tensor out, Tensor r2, Tensor r3, Tensor mask, Tensor pooled, Tensor codes)",
     tags=_TAGS,
 )
 
@@ -86,9 +87,11 @@ def _aten_forward(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
 def _triton_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     from fastinception.kernels import block
 
-    *params, save = args
+    params, save, relu = args[:12], args[12], args[13] if len(args) > 13 else True
+    if save and not relu:
+        raise ValueError("only the block with its ReLUs has a backward: save=False was expected with relu=False")
     out, *saved = _empty_triton_outputs(x, params, save)
-    block.forward(x, params, out, block.Saved(*saved), save)
+    block.forward(x, params, out, block.Saved(*saved), save, relu)
     return out, *saved
 
 
@@ -120,20 +123,22 @@ torch.library.register_fake(
 
 
 torch.library.define(
-    "fastinception::inception_out", f"(Tensor x, {_PARAMS}, str backend, Tensor(a!) out) -> ()", tags=_TAGS
+    "fastinception::inception_out",
+    f"(Tensor x, {_PARAMS}, str backend, Tensor(a!) out, bool relu=True) -> ()",
+    tags=_TAGS,
 )
 
 
 @torch.library.impl("fastinception::inception_out", "default")
 def _inception_out(x: Tensor, *args: Any) -> None:
-    *params, backend, out = args
+    params, backend, out, relu = args[:12], args[12], args[13], args[14] if len(args) > 14 else True
     check_overlap(out, (x, *params))
     if backend == "aten":
         aten.forward(x, params, out)
     else:
         from fastinception.kernels import block
 
-        block.forward(x, params, out, block.empty_saved(x, params, save=False), save=False)
+        block.forward(x, params, out, block.empty_saved(x, params, save=False), save=False, relu=relu)
 
 
 def check_overlap(out: Tensor, inputs: Sequence[Tensor]) -> None:
@@ -309,7 +314,7 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
 _DIFFERENTIATED = {
     backend: _differentiate(getattr(torch.ops.fastinception, f"{backend}_backward")) for backend in ("aten", "triton")
 }
-for _backend, _extra in (("aten", 0), ("triton", 1)):
+for _backend, _extra in (("aten", 0), ("triton", 2)):
     _register_derivative(_backend, _extra)
     torch.library.register_autograd(
         f"fastinception::{_backend}_backward", _differentiate_backward, setup_context=_setup_backward
@@ -357,13 +362,16 @@ def watched() -> bool:
     )
 
 
-def run(backend: str, x: Tensor, params: Sequence[Tensor], needs_grad: bool) -> Tensor:
-    """Return the block of ``x`` by ``"aten"`` or ``"triton"``, with its derivative where ``needs_grad`` says so."""
+def run(backend: str, x: Tensor, params: Sequence[Tensor], needs_grad: bool, relu: bool = True) -> Tensor:
+    """Return the block of ``x`` by ``"aten"`` or ``"triton"``, with its derivative where ``needs_grad`` says so.
+
+    By Triton and without a derivative also without ``relu``.
+    """
     if not watched():
         if needs_grad:
             return cast(Tensor, _Inception.apply(backend, x, *params))
         if backend == "triton":
-            return _triton_forward(x, *params, False)[0]
-    save = (needs_grad,) if backend == "triton" else ()
-    out, *_ = getattr(torch.ops.fastinception, f"{backend}_forward")(x, *params, *save)
+            return _triton_forward(x, *params, False, relu)[0]
+    flags = (needs_grad, relu) if backend == "triton" else ()
+    out, *_ = getattr(torch.ops.fastinception, f"{backend}_forward")(x, *params, *flags)
     return cast(Tensor, out)

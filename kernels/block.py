@@ -75,8 +75,11 @@ def _as_operand(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def forward(x: Tensor, params: Sequence[Tensor], out: Tensor, saved: Saved, save: bool) -> None:
-    """Write the block of ``x`` to ``out``, ``[N, c1 + c2[1] + c3[1] + c4, H, W]``, and what is ``saved``."""
+def forward(x: Tensor, params: Sequence[Tensor], out: Tensor, saved: Saved, save: bool, relu: bool = True) -> None:
+    """Write the block of ``x`` to ``out``, ``[N, c1 + c2[1] + c3[1] + c4, H, W]``, and what is ``saved``.
+
+    Without ``relu`` there is none behind any convolution, and no backward for it.
+    """
     if x.numel() == 0:
         return
     w1, b1, w21, b21, w22, b22, w31, b31, w32, b32, w42, b42 = map(_as_operand, params)
@@ -85,13 +88,14 @@ def forward(x: Tensor, params: Sequence[Tensor], out: Tensor, saved: Saved, save
     x = x.contiguous(memory_format=torch.channels_last)
     r2, r3, *kept = saved
     entry(
-        x, (w1, w21, w31), (b1, b21, b31), w42, b42, out, c1 + c2 + c3, (r2, r3), tuple(kept) if save else None, mask4
-    )
+        x, (w1, w21, w31), (b1, b21, b31), w42, b42, out, c1 + c2 + c3, (r2, r3), tuple(kept) if save else None, mask4,
+        relu=relu,
+    )  # fmt: skip
     level = [
         Conv(r2, w22, b22, column=c1, mask_column=mask2, padding=(1, 1)),
         Conv(r3, w32, b32, column=c1 + c2, mask_column=mask3, padding=(2, 2)),
     ]
-    spatial(level, out, saved.mask if save else None)
+    spatial(level, out, saved.mask if save else None, relu=relu)
 
 
 class _Plan(NamedTuple):

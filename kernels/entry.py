@@ -18,7 +18,7 @@ def _gemm_tile(
     row_tile, column_tile, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
     M, K, pixels, stride_on, stride_op, stride_oc, stride_mask,
     WIDTHS: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``relu(x @ w.T + b)`` for one tile of the convolutions side by side, each column stored where it belongs."""
     offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -52,7 +52,7 @@ def _gemm_tile(
             w = tl.load(w_offsets, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
-    y = bias_relu(acc, b_columns, 0, mask_n, out_ptr.dtype.element_ty)
+    y = bias_relu(acc, b_columns, 0, mask_n, out_ptr.dtype.element_ty, RELU)
     rows = offs_m.to(tl.int64)
     out_rows = (rows // pixels) * stride_on + (rows % pixels) * stride_op
     out = out_ptr + out_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_oc
@@ -134,7 +134,7 @@ def _pool_tile(
     row_tile, column_tile, x_ptr, w_ptr, b_ptr, out_ptr, mask_ptr, pooled_ptr, codes_ptr,
     M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
     C4: tl.constexpr, COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, EVEN_K: tl.constexpr,
-    PTX: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
+    PTX: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``relu(max_pool2d(x, 3, 1, 1) @ w.T + b)`` for one tile; the first column tile keeps what the pool found.
@@ -174,7 +174,7 @@ def _pool_tile(
             pooled_ptr, codes_ptr, middle, inner, mask_saved, K, True, PTX, MAX_ASM, PRECISION, SAVE,
         )  # fmt: skip
 
-    y = bias_relu(tl.trans(acc), b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty)
+    y = bias_relu(tl.trans(acc), b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty, RELU)
     rows = offs_m.to(tl.int64)
     out_rows = (rows // (H * W)) * stride_on + (rows % (H * W)) * stride_op
     out = out_ptr + out_rows[:, None] + (COLUMN + offs_n).to(tl.int64)[None, :] * stride_oc
@@ -191,7 +191,7 @@ def _entry_kernel(
     POOL_WIDTH: tl.constexpr, POOL_COLUMN: tl.constexpr, POOL_MASK_COLUMN: tl.constexpr,
     EVEN_K: tl.constexpr, POOL_EVEN_K: tl.constexpr, ALIGNED: tl.constexpr,
     PTX: tl.constexpr, MAX_ASM: tl.constexpr,
-    PRECISION: tl.constexpr, SAVE: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     POOL_M: tl.constexpr, POOL_N: tl.constexpr, POOL_K: tl.constexpr,
 ):  # fmt: skip
@@ -214,7 +214,7 @@ def _entry_kernel(
         _gemm_tile(
             row_tile, tile, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
             M, K, H * W, stride_on, stride_op, stride_oc, stride_mask,
-            WIDTHS, EVEN_K, ALIGNED, PRECISION, SAVE, BLOCK_M, BLOCK_N, BLOCK_K,
+            WIDTHS, EVEN_K, ALIGNED, PRECISION, SAVE, RELU, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         pool_tile = tile - GEMM_TILES
@@ -222,7 +222,7 @@ def _entry_kernel(
             row_tile * (BLOCK_M // POOL_M) + pool_tile // POOL_COLUMNS, pool_tile % POOL_COLUMNS,
             x_ptr, pool_w_ptr, pool_b_ptr, out_ptr, mask_ptr, pooled_ptr, codes_ptr,
             M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
-            POOL_WIDTH, POOL_COLUMN, POOL_MASK_COLUMN, POOL_EVEN_K, PTX, MAX_ASM, PRECISION, SAVE,
+            POOL_WIDTH, POOL_COLUMN, POOL_MASK_COLUMN, POOL_EVEN_K, PTX, MAX_ASM, PRECISION, SAVE, RELU,
             POOL_M, POOL_N, POOL_K,
         )  # fmt: skip
 
@@ -239,6 +239,7 @@ def entry(
     saved: tuple[Tensor, Tensor, Tensor] | None,
     pool_mask_column: int,
     *,
+    relu: bool = True,
     tiles: configs.Tiles | None = None,
     part: str | None = None,
 ) -> None:
@@ -255,6 +256,7 @@ def entry(
             uint8 (one bit an element, each branch starts a byte); the pooled x, ``[M, K]``; and uint8 ``[M, K]``, which
             pixel of its window each maximum is, as :func:`_pool_tile` numbers them.
         pool_mask_column: the byte at which the pooled branch starts in the mask.
+        relu: False leaves every result as it is.
         tiles: in place of those that ``configs`` chooses.
         part: ``"gemm"`` or ``"pool"`` launches that part alone, to time it; None both.
 
@@ -268,7 +270,7 @@ def entry(
     launch = _launch(
         x.shape, tuple([w.shape[0] for w in weights]), pool_weight.shape[0], (pool_column, pool_mask_column),
         out.shape[1], is_channels_last(out), 0 if mask is None else mask.shape[1], aligned, x.dtype,
-        target.gpu(x.device), target.input_precision(x.dtype), tiles, part,
+        target.gpu(x.device), target.input_precision(x.dtype), relu, tiles, part,
     )  # fmt: skip
     with target.device_of(x):
         _entry_kernel[launch.grid](
@@ -290,6 +292,7 @@ def _launch(
     dtype: torch.dtype,
     gpu: target.Gpu,
     precision: str,
+    relu: bool,
     tiles: configs.Tiles | None,
     part: str | None,
 ) -> configs.Launch:
@@ -312,6 +315,7 @@ def _launch(
         POOL_WIDTH=pool_width, POOL_COLUMN=pool_columns[0], POOL_MASK_COLUMN=pool_columns[1],
         EVEN_K=channels % tiles.block_k == 0, POOL_EVEN_K=channels % pool_k == 0, ALIGNED=aligned,
         PTX=gpu.runs_ptx, MAX_ASM=target.max_asm(gpu, dtype, with_codes=save), PRECISION=precision, SAVE=save,
-        INTERLEAVED=tiles.interleaved, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+        RELU=relu, INTERLEAVED=tiles.interleaved,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
         POOL_M=pool_m, POOL_N=pool_n, POOL_K=pool_k, **tiles.options(gpu),
     )  # fmt: skip

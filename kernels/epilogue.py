@@ -18,11 +18,11 @@ def follow_predecessor(PDL: tl.constexpr):
 
 
 @triton.jit
-def bias_relu(acc, b_ptr, offs_n, mask_n, dtype: tl.constexpr):
-    """Return ``relu(round(acc + bias))``. ``y <= 0`` is false for NaN, so that NaN passes as in ATen."""
+def bias_relu(acc, b_ptr, offs_n, mask_n, dtype: tl.constexpr, RELU: tl.constexpr):
+    """Return ``relu(round(acc + bias))``, without RELU the sum. NaN passes as in ATen: for it ``y <= 0`` is false."""
     bias = tl.load(b_ptr + offs_n, mask=mask_n, other=0.0)
     y = (acc + bias[None, :].to(acc.dtype)).to(dtype)
-    return tl.where(y <= 0.0, 0.0, y)
+    return tl.where(y <= 0.0, 0.0, y) if RELU else y
 
 
 @triton.jit

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def _finish_tile(
     tile, y_ptr, b_ptr, out_ptr, mask_ptr, M, pixels, stride_on, stride_op, stride_oc, stride_mask,
     O: tl.constexpr, COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, BLOCK_N: tl.constexpr,
-    SAVE: tl.constexpr, BLOCK_M: tl.constexpr,
+    SAVE: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """``relu(y + b)`` for BLOCK_M pixels x BLOCK_N channels of y ``[M, O]``, row-major."""
     COLUMN_TILES: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
@@ -34,7 +34,7 @@ def _finish_tile(
     rows = offs_m.to(tl.int64)
     y = tl.load(y_ptr + rows[:, None] * O + offs_n[None, :], mask=mask, other=0.0)
     y = y.to(tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32)
-    y = bias_relu(y, b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty)
+    y = bias_relu(y, b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty, RELU)
     out_rows = (rows // pixels) * stride_on + (rows % pixels) * stride_op
     out = out_ptr + out_rows[:, None] + (COLUMN + offs_n).to(tl.int64)[None, :] * stride_oc
     tl.store(out, y, mask=mask)
@@ -45,7 +45,7 @@ def _finish_tile(
 @triton.jit
 def _library_kernel(
     y_ptrs, b_ptrs, out_ptr, mask_ptr, M, pixels, stride_on, stride_op, stride_oc, stride_mask,
-    LEVEL: tl.constexpr, SAVE: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
+    LEVEL: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of one convolution's result: the tiles of the list's convolutions follow one another."""
     follow_predecessor(PDL)
@@ -57,12 +57,12 @@ def _library_kernel(
             _finish_tile(
                 tile, y_ptrs[i], b_ptrs[i], out_ptr, mask_ptr,
                 M, pixels, stride_on, stride_op, stride_oc, stride_mask,
-                LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], SAVE, BLOCK_M,
+                LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], SAVE, RELU, BLOCK_M,
             )  # fmt: skip
         tile -= tiles
 
 
-def library(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, tiles: configs.Tiles) -> None:
+def library(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, relu: bool, tiles: configs.Tiles) -> None:
     """Compute what ``spatial`` computes; its arguments. ``tiles`` are those of the launch that finishes.
 
     Each sum of products is rounded to the dtype before its bias is added, as the library does without fusion.
@@ -84,6 +84,6 @@ def library(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, tiles: conf
         _library_kernel[(programs,)](
             tuple(results), tuple(conv.bias for conv in convs), out, mask,
             n * pixels, pixels, *out_strides(out.shape, is_channels_last(out)), 0 if mask is None else mask.shape[1],
-            LEVEL=tuple(level), SAVE=mask is not None, BLOCK_M=tiles.block_m,
+            LEVEL=tuple(level), SAVE=mask is not None, RELU=relu, BLOCK_M=tiles.block_m,
             **tiles.options(target.gpu(out.device)),
         )  # fmt: skip

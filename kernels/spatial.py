@@ -93,7 +93,7 @@ def _conv_tile(
     C: tl.constexpr, O: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, BLOCK_N: tl.constexpr, PACKED_WEIGHT: tl.constexpr,
-    PRECISION: tl.constexpr, SAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``relu(conv2d(x, w, b))`` for BLOCK_M output pixels x BLOCK_N output channels."""
     COLUMN_TILES: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
@@ -110,7 +110,7 @@ def _conv_tile(
         x_ptr, w_ptr, offs_n, n, h, w, mask_m, K, H, W, C, O, KH, KW, False, PACKED_WEIGHT, PRECISION, BLOCK_K
     )
 
-    y = bias_relu(acc, b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty)
+    y = bias_relu(acc, b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty, RELU)
     out_rows = n.to(tl.int64) * stride_on + pixel.to(tl.int64) * stride_op
     out = out_ptr + out_rows[:, None] + (COLUMN + offs_n).to(tl.int64)[None, :] * stride_oc
     tl.store(out, y, mask=mask_m[:, None] & mask_n[None, :])
@@ -122,8 +122,8 @@ def _conv_tile(
 def _spatial_kernel(
     x_ptrs, w_ptrs, b_ptrs, out_ptr, mask_ptr, reductions,
     M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
-    LEVEL: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
+    LEVEL: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of one convolution: the tiles of the list's convolutions follow one another."""
     follow_predecessor(PDL)
@@ -136,7 +136,7 @@ def _spatial_kernel(
                 tile, x_ptrs[i], w_ptrs[i], b_ptrs[i], out_ptr, mask_ptr,
                 reductions[i], M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
                 LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], LEVEL[i][4], LEVEL[i][5], LEVEL[i][6], LEVEL[i][7],
-                LEVEL[i][8], LEVEL[i][9], LEVEL[i][10], LEVEL[i][11], PRECISION, SAVE, BLOCK_M, BLOCK_K,
+                LEVEL[i][8], LEVEL[i][9], LEVEL[i][10], LEVEL[i][11], PRECISION, SAVE, RELU, BLOCK_M, BLOCK_K,
             )  # fmt: skip
         tile -= tiles
 
@@ -153,13 +153,21 @@ class Conv(NamedTuple):
     padding: tuple[int, int] = (0, 0)
 
 
-def spatial(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, *, tiles: configs.Tiles | None = None) -> None:
+def spatial(
+    convs: Sequence[Conv],
+    out: Tensor,
+    mask: Tensor | None,
+    *,
+    relu: bool = True,
+    tiles: configs.Tiles | None = None,
+) -> None:
     """Launch level 1 on ``out``'s device and current stream.
 
     Args:
         convs: convolutions whose inputs share ``[N, :, H, W]`` and whose outputs share ``[N, :, OUT_H, OUT_W]``.
         out: ``[N, C, OUT_H, OUT_W]``, contiguous in either memory format; channels no convolution owns are left alone.
         mask: ``[N*OUT_H*OUT_W, bytes]`` uint8, the packed ReLU mask of ``out``; None skips it.
+        relu: False leaves every result as it is.
         tiles: in place of those that ``configs`` chooses, by the convolution with the most products.
 
     All floating tensors share one dtype. Checked by the caller, but for:
@@ -172,10 +180,10 @@ def spatial(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, *, tiles: c
     )
     launch, tiles = _launch(
         specs, convs[0].x.shape[2:], out.shape, is_channels_last(out), 0 if mask is None else mask.shape[1],
-        out.dtype, target.gpu(out.device), target.input_precision(out.dtype), tiles,
+        out.dtype, target.gpu(out.device), target.input_precision(out.dtype), relu, tiles,
     )  # fmt: skip
     if launch is None:
-        library(convs, out, mask, tiles)
+        library(convs, out, mask, relu, tiles)
         return
     with target.device_of(out):
         _spatial_kernel[launch.grid](
@@ -196,6 +204,7 @@ def _launch(
     dtype: torch.dtype,
     gpu: target.Gpu,
     precision: str,
+    relu: bool,
     tiles: configs.Tiles | None,
 ) -> tuple[configs.Launch | None, configs.Tiles]:
     n, _, out_height, out_width = out_shape
@@ -219,7 +228,7 @@ def _launch(
     sizes = (reductions, rows, *size, out_height, out_width, *out_strides(out_shape, channels_last), mask_bytes)
     launch = configs.launch(
         programs, sizes,
-        LEVEL=tuple(tuple(geometry) for geometry in level), PRECISION=precision, SAVE=mask_bytes > 0,
+        LEVEL=tuple(tuple(geometry) for geometry in level), PRECISION=precision, SAVE=mask_bytes > 0, RELU=relu,
         BLOCK_M=tiles.block_m, BLOCK_K=tiles.block_k, **tiles.options(gpu),
     )  # fmt: skip
     return launch, tiles
