@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?=
-OLDEST_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,aot gpu_parts gpu_suite kernels ops compile equivalence module gradients edited inputs out pool roofline special transforms)))
+OLDEST_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,aot block configs functional gpu_parts gpu_suite kernels launch_options ops compile equivalence module gradients edited inputs out pool roofline special transforms)))
 RUN := $(VENV)/bin/python
 
 # A user's active environment must not leak into this one.
