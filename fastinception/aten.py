@@ -1,8 +1,8 @@
-"""Compute the block with ATen operators: fast where there is no Triton, and the backward of every backend."""
+"""Compute the block with ATen operators: the backend where there is no Triton, and the block for any transform."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -87,7 +87,7 @@ def forward_saving(x: Tensor, params: Sequence[Tensor], out: Tensor) -> tuple[Te
     p2 = F.conv2d(r2, w22, b22, padding=1)
     r3 = F.conv2d(x, w31, b31).relu_()
     p3 = F.conv2d(r3, w32, b32, padding=2)
-    pooled, indices = _max_pool_with_indices(x)
+    pooled, indices = torch.ops.aten.max_pool2d_with_indices(x, [3, 3], [1, 1], [1, 1])
     branches = (p1, p2, p3, F.conv2d(pooled, w42, b42))
     for branch, part in zip(branches, out.split([branch.shape[1] for branch in branches], dim=1), strict=True):
         torch.clamp_min(branch, 0, out=part)
@@ -141,14 +141,6 @@ def _pointwise_backward(
     return grad_x, grad_weight, grad_bias
 
 
-def _max_pool_with_indices(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``max_pool2d(x, 3, 1, 1)`` and int64 indices for its gradient, both in channels_last."""
-    pooled, indices = torch.ops.aten.max_pool2d_with_indices(
-        x.contiguous(memory_format=torch.channels_last), [3, 3], [1, 1], [1, 1]
-    )
-    return pooled, indices
-
-
 def _conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -181,21 +173,13 @@ def _weight_gradient(matrix: Tensor, x: Tensor, weight: Tensor, grad: Tensor) ->
 
 
 def backward(
-    gradient: Callable[[int, Tensor], Tensor],
-    x: Tensor,
-    params: Sequence[Tensor],
-    r2: Tensor,
-    r3: Tensor,
-    pool: tuple[Tensor, Tensor] | None,
-    needs: Sequence[bool],
+    grad_out: Tensor, x: Tensor, params: Sequence[Tensor], saved: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradients of ``x`` and the twelve params, None where ``needs`` says so.
 
     Args:
-        gradient: ``gradient(i, out)`` fills ``out``, ``[N, c, H, W]``, with the gradient of branch ``i`` before its
-            last ReLU, and returns it.
-        r2, r3: what branches 2 and 3 convolve, in channels_last.
-        pool: ``max_pool2d_with_indices(x, 3, 1, 1)``; None where it was not kept, and is computed again.
+        grad_out: gradient of the output, any strides.
+        saved: what :func:`forward_saving` returned.
         needs: thirteen flags, for ``x`` and the params.
 
     The three convolutions that read ``x`` share one gradient buffer: one product gives their data gradient, and adds
@@ -203,15 +187,20 @@ def backward(
     """
     w1, _, w21, _, w22, _, w31, _, w32, _, w42, _ = params
     need_x, n1w, n1b, n21w, n21b, n22w, n22b, n31w, n31b, n32w, n32b, n42w, n42b = needs
+    r2, r3, *branches, pooled, indices = saved
+    grads_out = grad_out.split([branch.shape[1] for branch in branches], dim=1)
     x = x.contiguous(memory_format=torch.channels_last)
 
     def empty(channels: int) -> Tensor:
         shape = (x.shape[0], channels, *x.shape[2:])
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
+    def gradient(i: int, out: Tensor) -> Tensor:
+        """Fill ``out`` with the gradient of a branch before its last ReLU, and return it."""
+        return cast(Tensor, torch.ops.aten.threshold_backward.grad_input(grads_out[i], branches[i], 0, grad_input=out))
+
     grad_x = grad_w42 = grad_b42 = None
     if need_x or n42w or n42b:
-        pooled, indices = pool or _max_pool_with_indices(x)
         g4 = gradient(3, empty(w42.shape[0]))
         grad_pooled, grad_w42, grad_b42 = _pointwise_backward(g4, pooled, w42, (need_x, n42w, n42b))
         if grad_pooled is not None:

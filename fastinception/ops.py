@@ -200,14 +200,8 @@ def _without_none(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor,
 
 
 def _aten_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | None]:
-    *params, r2, r3, p1, p2, p3, p4, pooled, indices, needs = args
-    branches = (p1, p2, p3, p4)
-    grads_out = grad_out.split(_widths(params), dim=1)
-
-    def gradient(i: int, out: Tensor) -> Tensor:
-        return cast(Tensor, torch.ops.aten.threshold_backward.grad_input(grads_out[i], branches[i], 0, grad_input=out))
-
-    grads = aten.backward(gradient, x, params, r2, r3, (pooled, indices), needs)
+    params, saved, needs = args[:12], args[12:-1], args[-1]
+    grads = aten.backward(grad_out, x, params, saved, needs)
     return _finish(grads, (x, *params))
 
 
