@@ -113,7 +113,7 @@ class Sweep(NamedTuple):
 # Memory decides their time, whatever the shape: 16 bytes a lane in two-byte types, and enough programs.
 SPLIT = Sweep(64, 64, num_warps=4, steps=4)
 POOL_GRADIENT = Sweep(32, 64, num_warps=4)
-SUM = Sweep(32, 128, num_warps=4)  # parts at a time, elements
+SUM = Sweep(16, 128, num_warps=4)  # parts at a time, elements
 # Programs that the weight gradients are divided into: two for each SM of the largest GPUs.
 PROGRAMS = 264
 

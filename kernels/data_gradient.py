@@ -56,7 +56,7 @@ def _gradient_tile(
     mask = mask_m[:, None] & mask_n[None, :]
     if RELU:
         active = tl.load(active_ptr + rows * O + offs_n[None, :], mask=mask, other=0.0)
-        y = tl.where((active <= 0.0) | (mask == 0), 0.0, y)  # NaN passes, as in ATen
+        y = tl.where(active <= 0.0, 0.0, y)  # NaN passes, as in ATen; what is masked was loaded as 0
         tl.store(partials_ptr + row_tile * O + offs_n, tl.sum(y.to(acc.dtype), axis=0), mask=mask_n)
     tl.store(out_ptr + rows * STRIDE + (COLUMN + offs_n)[None, :], y, mask=mask)
 

@@ -85,9 +85,9 @@ def _product_tile(
             rows = offs_m.to(tl.int64)
             taps = taps_inside(offs_m // W % H - KH // 2, offs_m % W - KW // 2, mask_m, H, W, KH, KW)
             mask_x = (taps[:, None] & (1 << tl.minimum(j // C, 31))[None, :]) != 0  # bit 31 is never set
-        g = tl.load(g_ptr + rows[:, None] * O + offs_o[None, :], mask=mask_m[:, None] & mask_o[None, :], other=0.0)
+        g = tl.load(g_ptr + rows[None, :] * O + offs_o[:, None], mask=mask_m[None, :] & mask_o[:, None], other=0.0)
         x = tl.load(x_ptr + rows[:, None] * C + x_columns[None, :], mask=mask_x, other=0.0)  # [BLOCK_K, BLOCK_N]
-        acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION, out_dtype=dtype)
+        acc = tl.dot(g, x, acc, input_precision=PRECISION, out_dtype=dtype)
     out = partials_ptr + (part * O).to(tl.int64) * COLUMNS + offs_o[:, None] * COLUMNS + j[None, :]
     tl.store(out, acc, mask=mask_o[:, None] & mask_j[None, :])
 
