@@ -10,6 +10,7 @@ import math
 import re
 import subprocess
 import tempfile
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any, NamedTuple
 from unittest import mock
@@ -200,11 +201,13 @@ def parts(kernel: str, args: tuple[Any, ...], constants: dict[str, Any]) -> list
     ]
 
 
-def measure(case: Case) -> list[dict[str, Any]]:
-    """Compile the kernels of a case; return for each what the machine code uses, ready for JSON."""
+def measure(case: Case, kernels: Collection[str] = tuple(KERNELS)) -> list[dict[str, Any]]:
+    """Compile a case's kernels; return for each of ``kernels`` what the machine code uses, ready for JSON."""
     dtype = DTYPES[case.dtype]
     rows = []
     for name, launch in launches(case.chip, WIDTHS[case.block], dtype, case.mode == "train").items():
+        if name not in kernels:
+            continue
         kernel = compile_launch(*launch, case.chip)
         row = case._asdict() | {"kernel": name, "shared": kernel.metadata.shared}
         if case.chip.startswith("gfx"):

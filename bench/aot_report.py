@@ -24,6 +24,7 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,17 @@ from fastinception.kernels import target
 
 CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("fp32", "bf16", "fp16")
+KERNELS = (
+    "entry", "spatial",
+    "split", "data_gradient", "pool_gradient", "entry_gradient", "weight_gradient", "sum",
+)  # fmt: skip
 KEY = ("chip", "block", "dtype", "mode", "kernel")
 
 
-def _measure(case: tuple[str, str, str, str]) -> list[dict[str, Any]]:
+def _measure(case: tuple[str, str, str, str], kernels: tuple[str, ...]) -> list[dict[str, Any]]:
     from bench import aot
 
-    return aot.measure(aot.Case(*case))
+    return aot.measure(aot.Case(*case), kernels)
 
 
 def _cases(args: argparse.Namespace) -> list[tuple[str, str, str, str]]:
@@ -55,13 +60,14 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def _run(cases: list[tuple[str, str, str, str]], jobs: int) -> Iterator[list[dict[str, Any]]]:
+def _run(cases: list[tuple[str, str, str, str]], kernels: tuple[str, ...], jobs: int) -> Iterator[list[dict[str, Any]]]:
+    measure = partial(_measure, kernels=kernels)
     if jobs == 1:
-        yield from map(_measure, cases)
+        yield from map(measure, cases)
         return
     # spawn: a forked child would share threads that torch may have started.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_measure, cases)
+        yield from pool.map(measure, cases)
 
 
 def _widths(counts: dict[str, int]) -> str:
@@ -122,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--blocks", nargs="+", choices=WIDTHS, metavar="BLOCK", help=" ".join(WIDTHS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16")
     parser.add_argument("--mode", nargs="+", choices=("train", "infer"), default=["train"], help="default: train")
+    parser.add_argument(
+        "--kernels", nargs="+", choices=KERNELS, default=KERNELS, metavar="KERNEL", help=" ".join(KERNELS)
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: the number of cores")
     parser.add_argument("--json", type=Path, metavar="PATH", help="keep the report")
     parser.add_argument("--against", type=Path, metavar="PATH", help="print where a kept report differs from this one")
@@ -149,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     head = {"torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
     print(", ".join(f"{name} {version}" for name, version in head.items()))
     rows = []
-    for found in _run(_cases(args), args.jobs):
+    for found in _run(_cases(args), tuple(args.kernels), args.jobs):
         rows += found
         for row in found:
             print("\n".join(lines(row)), flush=True)
