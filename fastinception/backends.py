@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from fastinception.kernels import target
 
 BACKENDS = ("auto", "triton", "aten")
+_MOST_PIXELS = 2**31 - 2**12  # in int32, up to the end of the last tile
 
 
 class Path(NamedTuple):
@@ -46,6 +47,8 @@ def select(backend: str, x: Tensor, params: Sequence[Tensor]) -> Path:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     reason = target.unsupported(x.device, x.dtype) if backend != "aten" else None
+    if backend != "aten" and x.shape[0] * x.shape[2] * x.shape[3] > _MOST_PIXELS:
+        reason = f"the kernels count at most {_MOST_PIXELS} pixels"
     if backend == "triton" and reason is not None:
         raise ValueError(f"backend='triton' cannot run here: {reason}; use backend='auto' or 'aten'")
     if (special := _special(x, params)) is not None:

@@ -133,6 +133,8 @@ torch.library.define(
 def _inception_out(x: Tensor, *args: Any) -> None:
     params, backend, out, relu = args[:12], args[12], args[13], args[14] if len(args) > 14 else True
     check_overlap(out, (x, *params))
+    if backend == "aten" and not relu:
+        raise ValueError("only Triton's forward comes without ReLU")
     if backend == "aten":
         aten.forward(x, params, out)
     else:
@@ -201,7 +203,8 @@ def _without_none(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor,
 
 def _aten_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | None]:
     params, saved, needs = args[:12], args[12:-1], args[-1]
-    grads = aten.backward(grad_out, x, params, saved, needs)
+    with torch.autocast(x.device.type, enabled=False):  # it would cast for some of the products and not for others
+        grads = aten.backward(grad_out, x, params, saved, needs)
     return _finish(grads, (x, *params))
 
 
@@ -212,7 +215,9 @@ def _triton_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | 
     inputs = (x, *params)
     grads = [_dense(x, x.shape, memory_format(x)) if needs[0] else None]
     grads += [_empty_gradient(t) if need else None for t, need in zip(params, needs[1:], strict=True)]
-    rows = x.contiguous(memory_format=torch.channels_last)
+    # Also what was saved: a hook (save_on_cpu) may have given it other strides.
+    rows, r2, r3 = (t.contiguous(memory_format=torch.channels_last) for t in (x, r2, r3))
+    mask, pooled, codes = mask.contiguous(), pooled.contiguous(), codes.contiguous()
     block.backward(grad_out, rows, params, block.Saved(r2, r3, mask, pooled, codes), grads)
     if all(grad is None or grad.stride() == t.stride() for grad, t in zip(grads, inputs, strict=True)):
         return grads  # nearly always, and what follows costs the host more than this
@@ -238,6 +243,7 @@ torch.library.impl("fastinception::triton_backward", "default")(
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, *saved = output
+    ctx.saves = len(inputs) == 13 or inputs[13]
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)  # or zeros would be made of what is saved, every time
     ctx.save_for_backward(*inputs[:13], *saved)
@@ -262,6 +268,8 @@ def _register_derivative(backend: str, extra: int) -> None:
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * (13 + extra)
+        if not ctx.saves:
+            raise RuntimeError(f"fastinception::{backend}_forward kept nothing for its backward: save must be True")
         grads = _DIFFERENTIATED[backend](grad_out, ctx.saved_tensors, list(ctx.needs_input_grad[:13]))
         return *grads, *(None,) * extra
 
@@ -335,9 +343,7 @@ class _Inception(torch.autograd.Function):
         if grad_out is None:
             return (None,) * 14
         needs = list(ctx.needs_input_grad[1:])
-        # A batch of upstream gradients (is_grads_batched, jacobian) has no memory that a kernel could read.
-        batched = torch._C._functorch.is_legacy_batchedtensor(grad_out)
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or batched or watched():
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or watched() or _only_dispatched(grad_out):
             grads = _DIFFERENTIATED[ctx.backend](grad_out, ctx.saved_tensors, needs)
         elif ctx.backend == "aten":
             grads = _aten_gradients(grad_out, *ctx.saved_tensors, needs)
@@ -346,8 +352,13 @@ class _Inception(torch.autograd.Function):
         return None, *grads
 
 
+def _only_dispatched(t: Tensor) -> bool:
+    """Tell whether the memory of ``t`` is not what it stands for: batched (is_grads_batched), negated, known zeros."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(t) or t.is_neg() or t._is_zerotensor())
+
+
 def watched() -> bool:
-    """Tell whether something records or transforms the operators that run: then the block has to be one."""
+    """Tell whether a dispatch mode, a trace or a transform meets the operators: then the block has to be one."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -361,7 +372,9 @@ def run(backend: str, x: Tensor, params: Sequence[Tensor], needs_grad: bool, rel
 
     By Triton and without a derivative also without ``relu``.
     """
-    if not watched():
+    if not relu and (needs_grad or backend == "aten"):
+        raise ValueError("only Triton's forward comes without ReLU")
+    if not watched() and not any(map(Tensor.is_neg, (x, *params))):
         if needs_grad:
             return cast(Tensor, _Inception.apply(backend, x, *params))
         if backend == "triton":

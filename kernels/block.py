@@ -173,7 +173,7 @@ def _plan(
             gradients.append(Gradient(weight, packed[i - 1], True, c1 + c21 + c31, first, sums_at))
             gradient_of.append(i)
     if needs[x]:
-        gradients.append(Gradient(weights[5], False, False, channels))
+        gradients.append(Gradient(weights[5], True, False, channels))  # a 1x1 weight has both formats
         gradient_of.append(3)
 
     # The merged convolutions count as one.

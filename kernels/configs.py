@@ -114,7 +114,7 @@ class Sweep(NamedTuple):
 SPLIT = Sweep(64, 64, num_warps=4, steps=4)
 POOL_GRADIENT = Sweep(32, 64, num_warps=4)
 SUM = Sweep(16, 128, num_warps=4)  # parts at a time, elements
-# Programs that the weight gradients are divided into: two for each SM of the largest GPUs.
+# Programs that the weight gradients are divided into: two for each SM of an H100.
 PROGRAMS = 264
 
 
@@ -130,9 +130,10 @@ def cached(function: Function) -> Function:
 
 
 def forget() -> None:
-    """Have every launch choose its tiles again."""
+    """Have every launch choose its tiles again, from tables read again."""
     for cache in _caches:
         cache.cache_clear()
+    _warned.clear()
 
 
 class Launch(NamedTuple):
@@ -215,7 +216,7 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-@functools.cache
+@cached
 def _read_once(path: Path) -> list[Entry] | None:
     return read_table(path) if path.is_file() else None
 

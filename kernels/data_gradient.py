@@ -117,8 +117,9 @@ def data_gradient(
 
 def choose_tiles(rows: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, gpu: target.Gpu) -> configs.Tiles:
     """Return the tiles of the launch for ``rows`` pixels, by the weight with the most products."""
-    out_channels, in_channels, kernel_h, kernel_w = max(shapes, key=math.prod)
-    return configs.choose("data_gradient", rows, out_channels * kernel_h * kernel_w, in_channels, dtype, gpu)
+    out_channels, _, kernel_h, kernel_w = max(shapes, key=math.prod)
+    columns = max(shape[1] for shape in shapes)  # of all: each convolution narrows the tile for itself
+    return configs.choose("data_gradient", rows, out_channels * kernel_h * kernel_w, columns, dtype, gpu)
 
 
 @configs.cached

@@ -79,7 +79,7 @@ def _maximum(a, b, ASM: tl.constexpr):
 
 @triton.jit
 def _maximum_at(a, code_a, b, code_b, ASM: tl.constexpr):
-    """``max(a, b)`` and its code: of the first where they are equal, of the last NaN where there is one, as in ATen."""
+    """``max(a, b)`` and its code: the first's of equals; by Triton's operators the last NaN's, as in ATen."""
     if ASM is None:
         take = (b > a) | (b != b)
         return tl.where(take, b, a), tl.where(take, code_b, code_a)

@@ -19,7 +19,7 @@ from fastinception.kernels.library import library
 
 
 class Geometry(NamedTuple):
-    """What a convolution does, apart from its numbers: all of it compile-time constants of the kernel."""
+    """What a convolution does, apart from its numbers: constants of the kernel, which finds them by their places."""
 
     in_channels: int
     out_channels: int
@@ -212,7 +212,8 @@ def _launch(
     if tiles is None:
         kernel = "spatial_train" if mask_bytes else "spatial"
         largest = max((shape for shape, *_ in convs), key=torch.Size.numel)
-        tiles = configs.choose(kernel, rows, largest[1:].numel(), largest[0], dtype, gpu)
+        columns = max(shape[0] for shape, *_ in convs)  # of all: each convolution narrows the tile for itself
+        tiles = configs.choose(kernel, rows, largest[1:].numel(), columns, dtype, gpu)
     if tiles.library:
         return None, tiles
     level: list[Geometry] = []

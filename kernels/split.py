@@ -14,7 +14,7 @@ from fastinception.kernels import configs, target
 
 
 class Branch(NamedTuple):
-    """Where a branch's gradient comes from and goes to."""
+    """Where a branch's gradient comes from and goes to. The kernel finds the first four by their places."""
 
     width: int
     column: int  # first channel in the output's gradient

@@ -16,7 +16,10 @@ from fastinception.kernels.spatial import taps_inside
 
 
 class Product(NamedTuple):
-    """One convolution with stride 1 whose output has its input's size: the gradient of its weight."""
+    """One convolution with stride 1 whose output has its input's size: the gradient of its weight.
+
+    The kernel finds the first four by their places.
+    """
 
     out_channels: int
     in_channels: int

@@ -581,3 +581,54 @@ def test_out_must_not_overlap_an_input(backend):
         assert torch.equal(storage, before)
     touching = storage.as_strided(expected.shape, strides, size)
     assert_same([inception(x, tensors[1:], backend=backend, out=touching)], [expected])
+
+
+# What skipping the dispatcher must not skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saved_tensors_may_come_back_with_other_strides(backend):
+    tensors = block()
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):  # packs into contiguous memory
+        y = fast(backend)(*tensors)
+    ours = torch.autograd.grad(y, tensors, randn_like(y))
+    assert_same(ours, gradients(plain, tensors))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lazily_negated_tensors(backend):
+    x, *params = (t.detach() for t in block())
+    negated = torch._neg_view(x)
+    assert negated.is_neg()
+    weights = [torch._neg_view(p) if i == 4 else p for i, p in enumerate(params)]
+    assert_same([fast(backend)(negated, *weights)], [plain(-x, *[-p if i == 4 else p for i, p in enumerate(params)])])
+    tensors = block()
+    y, expected = fast(backend)(*tensors), plain(*tensors)
+    upstream = torch._neg_view(randn_like(y))
+    assert_same(torch.autograd.grad(y, tensors, upstream), torch.autograd.grad(expected, tensors, upstream))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot run here")
+def test_a_forward_that_saved_nothing_has_no_backward():
+    y, *_ = FORWARD["triton"](*block(), False)
+    with pytest.raises(RuntimeError, match="save must be True"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backward_inside_autocast_keeps_its_dtype(backend):
+    tensors = block(dtype=torch.float32)
+    y = fast(backend)(*tensors)
+    expected = gradients(plain, tensors)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        ours = torch.autograd.grad(y, tensors, randn_like(y))
+    assert_same(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_only_triton_comes_without_relu():
+    tensors = block(grad=False)
+    out = torch.empty_like(plain(*tensors))
+    with pytest.raises(ValueError, match="only Triton"):
+        torch.ops.fastinception.inception_out(*tensors, "aten", out, False)
+    with pytest.raises(ValueError, match="only Triton"):
+        ops.run("aten", tensors[0], tensors[1:], needs_grad=False, relu=False)
