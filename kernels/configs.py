@@ -114,6 +114,7 @@ class Sweep(NamedTuple):
 SPLIT = Sweep(64, 64, num_warps=4, steps=4)
 POOL_GRADIENT = Sweep(32, 64, num_warps=4)
 SUM = Sweep(16, 128, num_warps=4)  # parts at a time, elements
+INTERPRETED_SUM = SUM._replace(block_n=2048)  # the interpreter's time is by operation: 0.4 million weights took 26 s
 # Programs that the weight gradients are divided into: two for each SM of an H100.
 PROGRAMS = 264
 

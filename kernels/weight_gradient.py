@@ -226,14 +226,14 @@ def add_up(sums: tuple[Sum, ...], outs: Sequence[Tensor], partials: Tensor) -> N
 
     Each of ``outs`` gets as many elements as its sum has, in the order of its memory.
     """
-    launch = _sum_launch(sums)
+    launch = _sum_launch(sums, target.gpu(partials.device))
     with target.device_of(partials):
         _sum_kernel[launch.grid](partials, tuple(outs), *launch.sizes, **launch.constants)
 
 
 @configs.cached
-def _sum_launch(sums: tuple[Sum, ...]) -> configs.Launch:
-    config = configs.SUM
+def _sum_launch(sums: tuple[Sum, ...], gpu: target.Gpu) -> configs.Launch:
+    config = configs.INTERPRETED_SUM if gpu.chip == "cpu" else configs.SUM
     elements, starts, parts, strides = zip(*sums, strict=True)
     tiles = sum(configs.tiles(size, config.block_n) for size in elements)
     return configs.launch(
