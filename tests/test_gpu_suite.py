@@ -103,7 +103,7 @@ def test_a_second_call_skips_what_is_finished_and_gathers_it(
         assert (dry / f"{part}.json").read_bytes() == before[f"{part}.json"]
     result = _strict(dry / "results.json")
     assert list(result["parts"]) == list(gpu_suite.PARTS)
-    assert {row["family"] for row in result["comparison"]} == {"blocks", "networks"}
+    assert {row["family"] for row in result["comparison"]} == {"blocks", "kernelbench", "networks"}
     assert (dry / "results.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     for part, content in result["parts"].items():

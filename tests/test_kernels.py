@@ -185,7 +185,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Te
         ((1, 1, 1, 1), (1, 1, 1, 1)),
         ((2, 17, 5, 7), (15, 17, 1, 17)),
         ((1, 64, 4, 1), (16, 24, 8, 32)),  # a whole BLOCK_K
-        ((3, 70, 1, 6), (70, 50, 20, 65)),  # two column tiles, and a first one that spans two convolutions
+        ((3, 70, 1, 6), (70, 50, 20, 130)),  # two column tiles, and a first one that spans two convolutions
         ((3, 15, 9, 11), (8, 16, 24, 9)),  # three row tiles, the last one not full
     ],
 )
@@ -454,7 +454,7 @@ def block_buffers(shape: tuple[int, int, int, int], out_format: torch.memory_for
         9,
         (5, 130),
         (3, 8),
-        65,
+        130,
     )  # two column tiles of the first convolution and of the pooled branch
     f32 = torch.float32
     return {
@@ -463,7 +463,7 @@ def block_buffers(shape: tuple[int, int, int, int], out_format: torch.memory_for
         "out": memory.empty((n, c1 + c2[1] + c3[1] + c4, h, w), f32, out_format),
         "r2": memory.empty((n, c2[0], h, w), f32, torch.channels_last),
         "r3": memory.empty((n, c3[0], h, w), f32, torch.channels_last),
-        "mask": memory.empty((n * h * w, 2 + 17 + 1 + 9), torch.uint8, torch.contiguous_format),
+        "mask": memory.empty((n * h * w, 2 + 17 + 1 + 17), torch.uint8, torch.contiguous_format),
         "pooled": memory.empty((n * h * w, k), f32, torch.contiguous_format),
         "codes": memory.empty((n * h * w, k), torch.uint8, torch.contiguous_format),
     }
@@ -534,7 +534,7 @@ def test_each_program_computes_one_tile(monkeypatch):
     # Of 297 pixels three row tiles, of the channels two, two and one; the output and its mask are two stores.
     assert written == {program: [True, True] for program in range(3 * (2 + 2 + 1))}
     written.clear()
-    Entry(normal(3, 15, 9, 11), (70, 50, 20, 65))
+    Entry(normal(3, 15, 9, 11), (70, 50, 20, 130))
     # For each row tile two GEMM tiles, each storing to four places, and two column tiles of the pooled branch.
     assert sorted(written) == list(range(3 * (2 + 2)))
     assert all(any(stores) for stores in written.values())
@@ -542,7 +542,7 @@ def test_each_program_computes_one_tile(monkeypatch):
     for tiles, order in (({}, [True, True, False, False] * 3), ({"interleaved": False}, [True] * 6 + [False] * 6)):
         written.clear()
         tiles = dataclasses.replace(configs.DEFAULTS["entry"](torch.float32, "cpu"), **tiles)
-        Entry(normal(3, 15, 9, 11), (70, 50, 20, 65), save=False, tiles=tiles)
+        Entry(normal(3, 15, 9, 11), (70, 50, 20, 130), save=False, tiles=tiles)
         assert [len(written[program]) > 2 for program in range(12)] == order
 
 
