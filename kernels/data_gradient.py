@@ -51,14 +51,14 @@ def _gradient_tile(
     acc = implicit_gemm(
         g_ptr, w_ptr, offs_n, n, h, w, mask_m, K, H, W, C, O, KH, KW, True, PACKED_WEIGHT, PRECISION, BLOCK_K
     )
-    y = acc.to(out_ptr.dtype.element_ty)
     rows = offs_m.to(tl.int64)[:, None]
     mask = mask_m[:, None] & mask_n[None, :]
     if RELU:
         active = tl.load(active_ptr + rows * O + offs_n[None, :], mask=mask, other=0.0)
-        y = tl.where(active <= 0.0, 0.0, y)  # NaN passes, as in ATen; what is masked was loaded as 0
-        tl.store(partials_ptr + row_tile * O + offs_n, tl.sum(y.to(acc.dtype), axis=0), mask=mask_n)
-    tl.store(out_ptr + rows * STRIDE + (COLUMN + offs_n)[None, :], y, mask=mask)
+        acc = tl.where(active <= 0.0, 0.0, acc)  # NaN passes, as in ATen; what is masked was loaded as 0
+        # As they are: of rounded ones, ptxas makes tensor-core instructions wait for each other (sm_90, Triton 3.6).
+        tl.store(partials_ptr + row_tile * O + offs_n, tl.sum(acc, axis=0), mask=mask_n)
+    tl.store(out_ptr + rows * STRIDE + (COLUMN + offs_n)[None, :], acc, mask=mask)
 
 
 @triton.jit

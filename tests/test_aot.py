@@ -38,7 +38,7 @@ LIMITS = {
     "entry gemm": {"infer": 0.6, "train": 0.6},
     "entry pool": {"infer": 2.5, "train": 5},
     "spatial": {"infer": 0.5, "train": 0.5},
-    "data_gradient": {"train": 0.9},
+    "data_gradient": {"train": 0.8},
     "entry_gradient": {"train": 0.65},
     "weight_gradient": {"train": 0.7},
 }
