@@ -69,7 +69,9 @@ class Tiles:
         return options | {"PDL": False}
 
 
-def _block_k(dtype: torch.dtype) -> int:
+def _block_k(dtype: torch.dtype, chip: str) -> int:
+    if chip == "cpu":
+        return 128  # the interpreter takes its time by operation, not by element
     return 128 // dtype.itemsize  # rows of 128 bytes: whole cache lines, and the widest shared-memory swizzle
 
 
@@ -79,13 +81,13 @@ def _stages(chip: str) -> int:
 
 
 def _level(dtype: torch.dtype, chip: str) -> Tiles:
-    return Tiles(128, 128, _block_k(dtype), num_warps=8, num_stages=_stages(chip))
+    return Tiles(128, 128, _block_k(dtype, chip), num_warps=8, num_stages=_stages(chip))
 
 
 def _entry(dtype: torch.dtype, chip: str) -> Tiles:
     # Half as deep as the GEMM's: nine shifted loads are live at once. As wide as the projection: a second column tile
     # would pool the same pixels again.
-    return replace(_level(dtype, chip), pool=(128, 128, max(16, _block_k(dtype) // 2)))
+    return replace(_level(dtype, chip), pool=(128, 128, max(16, _block_k(dtype, chip) // 2)))
 
 
 # By the kernel's name: the tiles where no table has any, for a dtype and a chip. A new kernel is one line here.
@@ -114,9 +116,14 @@ class Sweep(NamedTuple):
 SPLIT = Sweep(64, 64, num_warps=4, steps=4)
 POOL_GRADIENT = Sweep(32, 64, num_warps=4)
 SUM = Sweep(16, 128, num_warps=4)  # parts at a time, elements
-INTERPRETED_SUM = SUM._replace(block_n=2048)  # the interpreter's time is by operation: 0.4 million weights took 26 s
+_INTERPRETED = {POOL_GRADIENT: Sweep(128, 128, num_warps=4), SUM: Sweep(4, 16384, num_warps=4)}
 # Programs that the weight gradients are divided into: two for each SM of an H100.
 PROGRAMS = 264
+
+
+def sweep(size: Sweep, gpu: Gpu) -> Sweep:
+    """Return ``size``, or what the interpreter has in its place: that takes its time by operation, not by element."""
+    return _INTERPRETED.get(size, size) if gpu.chip == "cpu" else size
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -99,15 +99,15 @@ def pool_gradient(grad: Tensor, codes: Tensor, out: Tensor) -> None:
         codes: what the entry level kept, uint8 ``[M, K]``.
         out: ``[N, K, H, W]``, contiguous in either memory format, grad's dtype.
     """
-    launch = _pool_launch(out.shape, is_channels_last(out))
+    launch = _pool_launch(out.shape, is_channels_last(out), target.gpu(out.device))
     with target.device_of(out):
         _pool_gradient_kernel[launch.grid](grad, codes, out, *launch.sizes, **launch.constants)
 
 
 @configs.cached
-def _pool_launch(shape: torch.Size, channels_last: bool) -> configs.Launch:
+def _pool_launch(shape: torch.Size, channels_last: bool, gpu: target.Gpu) -> configs.Launch:
     n, channels, height, width = shape
-    rows, config = n * height * width, configs.POOL_GRADIENT
+    rows, config = n * height * width, configs.sweep(configs.POOL_GRADIENT, gpu)
     tiles = configs.tiles(rows, config.block_m) * configs.tiles(channels, config.block_n)
     return configs.launch(
         tiles, (rows, channels, height, width, *out_strides(shape, channels_last)),

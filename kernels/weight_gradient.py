@@ -86,8 +86,11 @@ def _product_tile(
             offs_m = step * BLOCK_K + offs_k
             mask_m = offs_m < N * H * W
             rows = offs_m.to(tl.int64)
-            taps = taps_inside(offs_m // W % H - KH // 2, offs_m % W - KW // 2, mask_m, H, W, KH, KW)
-            mask_x = (taps[:, None] & (1 << tl.minimum(j // C, 31))[None, :]) != 0  # bit 31 is never set
+            if KH * KW == 1:
+                mask_x = mask_m[:, None] & mask_j[None, :]
+            else:
+                taps = taps_inside(offs_m // W % H - KH // 2, offs_m % W - KW // 2, mask_m, H, W, KH, KW)
+                mask_x = (taps[:, None] & (1 << tl.minimum(j // C, 31))[None, :]) != 0  # bit 31 is never set
         g = tl.load(g_ptr + rows[None, :] * O + offs_o[:, None], mask=mask_m[None, :] & mask_o[:, None], other=0.0)
         x = tl.load(x_ptr + rows[:, None] * C + x_columns[None, :], mask=mask_x, other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(g, x, acc, input_precision=PRECISION, out_dtype=dtype)
@@ -107,7 +110,7 @@ def _weight_gradient_kernel(
     tile = tl.program_id(0) % TILES
     for i in tl.static_range(len(LEVEL)):
         columns = LEVEL[i][1] * LEVEL[i][2] * LEVEL[i][3]
-        tiles = tl.cdiv(LEVEL[i][0], BLOCK_M) * tl.cdiv(columns, BLOCK_N)
+        tiles = ((LEVEL[i][0] + BLOCK_M - 1) // BLOCK_M) * ((columns + BLOCK_N - 1) // BLOCK_N)
         if (tile >= 0) & (tile < tiles):
             _product_tile(
                 tile, part, g_ptrs[i], x_ptrs[i], partials_ptr + sums[i], N, H, W, steps, steps_of_part,
@@ -131,7 +134,7 @@ def _sum_kernel(
     """Add up the parts of BLOCK_N elements of one result, BLOCK_P at a time and in order."""
     tile = tl.program_id(0)
     for i in tl.static_range(COUNT):
-        tiles = tl.cdiv(sizes[i], BLOCK_N)
+        tiles = (sizes[i] + BLOCK_N - 1) // BLOCK_N
         if (tile >= 0) & (tile < tiles):
             offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             mask_n = offs_n < sizes[i]
@@ -233,7 +236,7 @@ def add_up(sums: tuple[Sum, ...], outs: Sequence[Tensor], partials: Tensor) -> N
 
 @configs.cached
 def _sum_launch(sums: tuple[Sum, ...], gpu: target.Gpu) -> configs.Launch:
-    config = configs.INTERPRETED_SUM if gpu.chip == "cpu" else configs.SUM
+    config = configs.sweep(configs.SUM, gpu)
     elements, starts, parts, strides = zip(*sums, strict=True)
     tiles = sum(configs.tiles(size, config.block_n) for size in elements)
     return configs.launch(

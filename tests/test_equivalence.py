@@ -231,6 +231,23 @@ def test_cases_cover_what_the_file_says():
         assert (28, 28) in {case[4] for case in ours}
 
 
+@pytest.mark.parametrize("dtype", DTYPES["triton"])
+def test_a_gpus_default_tiles(dtype, monkeypatch):
+    """The interpreter has larger ones of its own; several tiles and steps of each kind here, and a rest of each."""
+    configs, target = (pytest.importorskip(f"fastinception.kernels.{name}") for name in ("configs", "target"))
+    for kernel, default in configs.DEFAULTS.items():
+        monkeypatch.setitem(configs.DEFAULTS, kernel, lambda dtype, chip, default=default: default(dtype, "sm_90"))
+    monkeypatch.setattr(configs, "_INTERPRETED", {})
+    configs.forget()
+    try:
+        assert (
+            configs.choose("spatial", 9, 9, 99, dtype, target.gpu(torch.device("cpu"))).block_k == 128 // dtype.itemsize
+        )
+        check_block("triton", (70, 130, (72, 140), (17, 33), 130), dtype, 2, 9, 8, "nhwc", seed=3)
+    finally:
+        configs.forget()
+
+
 # Any block
 
 WIDTH = st.integers(1, 20)
