@@ -1,6 +1,7 @@
 """Measure what one training step keeps and how much memory it needs at most: what compare.py shows beside the speed.
 
-python bench/memory.py '{"block": "plain", ...}' is the fresh process in which compare.py measures a CPU step.
+python bench/memory.py                          what each block keeps on the Triton path, beside the plain block's
+python bench/memory.py '{"block": "plain", ...}'    the fresh process in which compare.py measures a CPU step
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor
 
 from bench.harness import Runner
+from bench.host_cost import stubbed
 from fastinception import FastInception, GoogLeNet, Inception
+from fastinception.googlenet import WIDTHS
 
 BLOCKS = {"plain": Inception, "FastInception": FastInception}
 
@@ -87,6 +90,21 @@ def in_fresh_process(block: str, batch_size: int, image_size: int, dtype: str) -
     return result
 
 
+def saved_by_block(name: str, dtype: torch.dtype, batch_size: int, side: int) -> tuple[int, int]:
+    """Return the bytes that autograd keeps of a GoogLeNet block's forward, the plain one's and then Triton's.
+
+    Kernels are stubbed, as what is kept goes by shapes: ``TRITON_INTERPRET=1`` is needed, a GPU is not.
+    """
+    plain = Inception(*WIDTHS[name]).to(dtype)
+    x = torch.rand(batch_size, WIDTHS[name].in_channels, side, side, dtype=dtype, requires_grad=True)
+    kept = []
+    for block in (plain, FastInception.from_reference(plain, backend="triton")):
+        with stubbed(), saved_bytes(block) as storages:
+            block(x.contiguous(memory_format=torch.channels_last))
+        kept.append(sum(storages.values()))
+    return kept[0], kept[1]
+
+
 def main(spec: dict[str, Any]) -> None:
     """Print what ``in_fresh_process`` returns."""
     torch.set_num_threads(spec["threads"])
@@ -99,5 +117,19 @@ def main(spec: dict[str, Any]) -> None:
     print(json.dumps(measure(runner)))
 
 
+def print_saved_by_blocks() -> None:
+    """Print what ``saved_by_block`` returns for all of them at 96x96 images."""
+    sides = {"3": 12, "4": 6, "5": 3}
+    for dtype in (torch.float16, torch.float32):
+        print(f"saved for the backward, {str(dtype)[6:]}, images of 96x96, batch 16")
+        for name in WIDTHS:
+            plain, fast = saved_by_block(name, dtype, 16, sides[name[0]])
+            print(f"  {name}  plain {plain / 1e6:6.2f} MB  FastInception {fast / 1e6:6.2f} MB  {fast / plain:.2f}x")
+
+
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    if len(sys.argv) > 1:
+        main(json.loads(sys.argv[1]))
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"  # before the first use of Triton
+        print_saved_by_blocks()

@@ -74,7 +74,7 @@ def variations(kernel: str, dtype: torch.dtype) -> list[list[dict[str, Any]]]:
     if kernel in ("spatial", "spatial_train"):
         library = [{"block_m": m, "block_n": n, "num_warps": w, "library": True} for m, n, w in EPILOGUES]
         return [library + products]
-    return [products]
+    return [products, [{"library": True}]] if kernel == "weight_gradient" else [products]
 
 
 def vary(tiles: Tiles, change: dict[str, Any]) -> Tiles | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastinception.kernels import configs, target
+from fastinception.kernels import configs, library, target
 from fastinception.kernels.data_gradient import Gradient, choose_tiles, data_gradient
 from fastinception.kernels.entry import entry
 from fastinception.kernels.entry_gradient import entry_gradient, pool_gradient
@@ -98,6 +98,10 @@ def forward(x: Tensor, params: Sequence[Tensor], out: Tensor, saved: Saved, save
     spatial(level, out, saved.mask if save else None, relu=relu)
 
 
+# The branches with a spatial convolution, and where its weight is among x and the twelve parameters.
+SPATIAL = {1: 5, 2: 9}
+
+
 class _Plan(NamedTuple):
     """Which launches a backward takes, and of what: the same for the same shapes and needs. Indices count branches."""
 
@@ -109,6 +113,7 @@ class _Plan(NamedTuple):
     gradients: tuple[Gradient, ...]
     gradient_of: tuple[int, ...]
     tiles: configs.Tiles
+    library: tuple[int, ...]  # whose weights' gradients the library computes
     products: tuple[Product, ...]
     product_of: tuple[int, ...]
     division: Division | None
@@ -184,8 +189,14 @@ def _plan(
         (Product(c4, channels, 1, 1), ((w42, c4 * channels),)),
     )
     product_of = tuple(i for i, (_, wanted) in enumerate(outs) if need(*(out for out, _ in wanted)))
+    by_library: tuple[int, ...] = ()
+    division = divide((n, height, width), [outs[i][0] for i in product_of], dtype, gpu) if product_of else None
+    if division is not None and division.tiles.library:
+        by_library = tuple(i for i in product_of if i in SPATIAL)
+        product_of = tuple(i for i in product_of if i not in SPATIAL)
+        left = [outs[i][0] for i in product_of]
+        division = divide((n, height, width), left, dtype, gpu, division.tiles) if left else None
     products = [outs[i][0] for i in product_of]
-    division = divide((n, height, width), products, dtype, gpu) if products else None
     for j, i in enumerate(product_of):
         assert division is not None
         elements = products[j].out_channels * products[j].columns
@@ -196,7 +207,7 @@ def _plan(
         channels if needs[x] else 0,
         tuple(columns if i in branch_of else 0 for i, columns in ((1, c2), (2, c3), (3, c4))),
         tuple(branches), tuple(branch_of), tuple(gradients), tuple(gradient_of), tiles,
-        tuple(products), product_of, division, tuple(sums.values()), tuple(sums), partials,
+        by_library, tuple(products), product_of, division, tuple(sums.values()), tuple(sums), partials,
     )  # fmt: skip
 
 
@@ -245,8 +256,10 @@ def backward(
         assert grad_pooled is not None
         pool_gradient(grad_pooled, codes, grad_x)
         entry_gradient(merged, (w1, w21, w31), grad_x)
+    sources = (x, r2, r3, pooled)
+    for i in plan.library:
+        library.weight_gradient(masked[i], sources[i], grads[SPATIAL[i]])
     if plan.division is not None:
-        sources = (x, r2, r3, pooled)
         grads_of, xs = [masked[i] for i in plan.product_of], [sources[i] for i in plan.product_of]
         weight_gradient(plan.products, grads_of, xs, size, plan.division, partials)
     if plan.sums:

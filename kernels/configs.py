@@ -33,7 +33,8 @@ class Tiles:
     Entry alone: ``pool`` is the tile of the pooled branch, in the same order, which shares ``num_warps``;
     ``interleaved`` puts the tiles of both parts side by side for each block of rows, else all of the GEMM's come first.
 
-    Spatial alone: ``library`` computes the convolutions by the library and finishes them in one launch.
+    ``library``, spatial: the library computes the convolutions, and one launch finishes them. Weight gradient: the
+    library computes those of the 3x3 and 5x5 convolutions.
     """
 
     block_m: int

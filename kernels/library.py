@@ -1,4 +1,4 @@
-"""Level 1 by the library: its convolutions into dense buffers, and one launch that finishes all of them."""
+"""Convolutions by the library: level 1 into dense buffers and one launch that finishes them, and weight gradients."""
 
 from __future__ import annotations
 
@@ -87,3 +87,28 @@ def library(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, relu: bool,
             LEVEL=tuple(level), SAVE=mask is not None, RELU=relu, BLOCK_M=tiles.block_m,
             **tiles.options(target.gpu(out.device)),
         )  # fmt: skip
+
+
+def weight_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:
+    """Write the gradient of the weight of a convolution with stride 1 whose output has its input's size.
+
+    Args:
+        grad: of its output, rows of pixels ``[M, O]``, contiguous.
+        x: its input, ``[N, C, H, W]`` in channels_last.
+        out: ``[O, C, kernel_h, kernel_w]``, odd sizes, any strides.
+
+    By an algorithm that gives the same bits each time.
+    """
+    n, _, height, width = x.shape
+    grad = grad.view(n, height, width, -1).permute(0, 3, 1, 2)
+    padding = [size // 2 for size in out.shape[2:]]
+    # Not torch.backends.cudnn: that may be closed to changes, and its precisions are not ours to touch.
+    before = torch._C._get_cudnn_deterministic()
+    torch._C._set_cudnn_deterministic(True)
+    try:
+        _, result, _ = torch.ops.aten.convolution_backward(
+            grad, x, out, None, (1, 1), padding, (1, 1), False, (0, 0), 1, (False, True, False)
+        )
+    finally:
+        torch._C._set_cudnn_deterministic(before)
+    out.copy_(result)

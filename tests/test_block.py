@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from bench import memory
 from fastinception import FastInception, Inception
 from fastinception.googlenet import WIDTHS
 from fastinception.kernels import block as launches
-from fastinception.kernels import entry, target
+from fastinception.kernels import configs, entry, target
 
 DEVICE = "cpu" if target.interpreted() else "cuda"
 SMALL = (16, 9, (4, 8), (3, 5), 7)
@@ -59,6 +61,7 @@ class Operators(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.deterministic: list[bool] = []  # of convolutions, whether cuDNN has to be
         self.paused = False
         self.key = torch._C.DispatchKey.CPU if DEVICE == "cpu" else torch._C.DispatchKey.CUDA
 
@@ -67,6 +70,8 @@ class Operators(TorchDispatchMode):
         if func.namespace == "fastinception":
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(self.key), *args)
+        if name == "convolution_backward":
+            self.deterministic.append(torch.backends.cudnn.deterministic)
         if not self.paused and not name.startswith(self.FREE):
             self.names.append(name)
         return func(*args, **(kwargs or {}))
@@ -137,28 +142,20 @@ def test_unneeded_gradients_are_not_computed(monkeypatch, name):
     assert [key for key, leaf in leaves.items() if leaf.grad is not None] == [name]
 
 
-def saved_bytes(block: Inception, x: Tensor) -> int:
-    """Return the bytes that autograd keeps for the backward, without parameters, each storage once."""
-    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = block(x)
-    assert y.requires_grad
-    return sum(size for pointer, size in kept.items() if pointer not in own)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("name", WIDTHS)
 def test_saved_tensors_take_six_tenths_of_the_plain_block(name, dtype):
     plain = Inception(*WIDTHS[name]).to(DEVICE, dtype)
     fast = FastInception.from_reference(plain, backend="triton")
     x = images((1, WIDTHS[name].in_channels, 1, 1), dtype).requires_grad_()
-    assert 0 < saved_bytes(fast, x) <= 0.6 * saved_bytes(plain, x)
+    kept = []
+    for block in (plain, fast):
+        with memory.saved_bytes(block) as storages:
+            block(x)
+        kept.append(sum(storages.values()))
+    assert 0 < kept[1] <= 0.6 * kept[0]
+    if target.interpreted():
+        assert kept == list(memory.saved_by_block(name, dtype, 1, 1))  # what the command prints, without the kernels
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -227,6 +224,49 @@ def test_the_backward_stays_inside_its_tensors(monkeypatch, batch, format):
     frames.assert_untouched()
     for own, theirs in zip((out, *grads), (y, *expected), strict=True):
         torch.testing.assert_close(own, theirs)
+
+
+SPATIAL = ["p2_2.weight", "p3_2.weight"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ran"),
+    [
+        (["x", *PARAMS], 2 * ["convolution_backward"] + ["_weight_gradient_kernel", "_sum_kernel"]),
+        (["p1_1.weight", "p3_2.weight"], ["convolution_backward", "_weight_gradient_kernel", "_sum_kernel"]),
+        (SPATIAL, 2 * ["convolution_backward"]),
+        (["p1_1.weight"], ["_weight_gradient_kernel", "_sum_kernel"]),
+    ],
+)
+def test_spatial_weight_gradients_by_the_library(monkeypatch, wanted, ran):
+    """As a table may choose; the others stay in their launch and keep their bits."""
+    default = configs.DEFAULTS["weight_gradient"]
+    block = FastInception(*SMALL, backend="triton").to(DEVICE, torch.float64)
+    x = images((2, 16, 3, 4), torch.float64)
+    leaves = {"x": x, **dict(block.named_parameters())}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name in wanted)
+    inputs = [leaves[name] for name in wanted]
+    upstream = randn_like(block(x))
+    by_triton = torch.autograd.grad(block(x), inputs, upstream)
+    monkeypatch.setitem(configs.DEFAULTS, "weight_gradient", lambda *args: replace(default(*args), library=True))
+    configs.forget()
+    try:
+        y = block(x)
+        with counted(monkeypatch) as operators:
+            grads = torch.autograd.grad(y, inputs, upstream)
+    finally:
+        configs.forget()
+    assert [name for name in operators.names if name != "copy_"][-len(ran) :] == ran
+    assert operators.names.count("_weight_gradient_kernel") == ran.count("_weight_gradient_kernel")
+    assert operators.deterministic == [True] * ran.count("convolution_backward")
+    assert not torch.backends.cudnn.deterministic
+    for name, own, theirs in zip(wanted, grads, by_triton, strict=True):
+        assert own.stride() == theirs.stride(), name
+        if name in SPATIAL:
+            torch.testing.assert_close(own, theirs)
+        else:
+            assert torch.equal(own, theirs), name
 
 
 @pytest.mark.parametrize("values", ["zeros", "ties", "minus infinity"])

@@ -81,6 +81,13 @@ def test_the_fastest_of_each_step_is_taken(make):
     assert not found["entry"]["launch_pdl"]
 
 
+def test_weight_gradients_by_the_library_are_a_choice(make):
+    key = ("weight_gradient", 224, 25088, 1008, *SPATIAL[4:])
+    tuner = make(lambda key, tiles: 10 - tiles.library - (tiles.num_warps == 16), keys=[key])
+    (found,) = tiles_of(tuner.tune(UNIT, None)).values()
+    assert (found["library"], found["num_warps"]) == (True, 16)
+
+
 def test_a_choice_within_the_noise_is_not_taken(make):
     default = configs.DEFAULTS["spatial"](torch.bfloat16, "cpu")
     fast = make(lambda key, tiles: 1.0 if tiles == default else 0.985, keys=[SPATIAL])
