@@ -107,8 +107,8 @@ def data_gradient(
 
     All but partials have one dtype. Checked by the caller.
     """
-    precision = target.input_precision(weights[0].dtype)
-    launch = _launch(gradients, shape, tiles, target.gpu(partials.device), precision)
+    gpu = target.gpu(partials.device)
+    launch = _launch(gradients, shape, tiles, gpu, target.input_precision(weights[0].dtype, gpu))
     with target.device_of(partials):
         _data_gradient_kernel[launch.grid](
             tuple(grads), tuple(weights), tuple(actives), tuple(outs), partials, *launch.sizes, **launch.constants

@@ -267,10 +267,11 @@ def entry(
     """
     mask, pooled, codes = saved or (None, None, None)
     aligned = x.shape[1] * x.itemsize % 16 == 0 and all(w.data_ptr() % 16 == 0 for w in weights)
+    gpu = target.gpu(x.device)
     launch = _launch(
         x.shape, tuple([w.shape[0] for w in weights]), pool_weight.shape[0], (pool_column, pool_mask_column),
         out.shape[1], is_channels_last(out), 0 if mask is None else mask.shape[1], aligned, x.dtype,
-        target.gpu(x.device), target.input_precision(x.dtype), relu, tiles, part,
+        gpu, target.input_precision(x.dtype, gpu), relu, tiles, part,
     )  # fmt: skip
     with target.device_of(x):
         _entry_kernel[launch.grid](

@@ -127,9 +127,10 @@ def entry_gradient(grad: Tensor, weights: Sequence[Tensor], out: Tensor, *, tile
     All of one dtype. Checked by the caller.
     """
     aligned = out.shape[1] * out.itemsize % 16 == 0 and all(w.data_ptr() % 16 == 0 for w in weights)
+    gpu = target.gpu(out.device)
     launch = _entry_launch(
         out.shape, tuple([w.shape[0] for w in weights]), is_channels_last(out), aligned, out.dtype,
-        target.gpu(out.device), target.input_precision(out.dtype), tiles,
+        gpu, target.input_precision(out.dtype, gpu), tiles,
     )  # fmt: skip
     with target.device_of(out):
         _entry_gradient_kernel[launch.grid](grad, tuple(weights), out, *launch.sizes, **launch.constants)

@@ -178,9 +178,10 @@ def spatial(
     specs = tuple(
         [(c.weight.shape, c.stride, c.padding, c.column, c.mask_column, is_channels_last(c.weight)) for c in convs]
     )
+    gpu = target.gpu(out.device)
     launch, tiles = _launch(
         specs, convs[0].x.shape[2:], out.shape, is_channels_last(out), 0 if mask is None else mask.shape[1],
-        out.dtype, target.gpu(out.device), target.input_precision(out.dtype), relu, tiles,
+        out.dtype, gpu, target.input_precision(out.dtype, gpu), relu, tiles,
     )  # fmt: skip
     if launch is None:
         library(convs, out, mask, relu, tiles)

@@ -50,15 +50,6 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def input_precision(dtype: torch.dtype) -> str:
-    """Return ``tl.dot``'s input precision: float32 follows PyTorch's convolution TF32 switch, not matmul's."""
-    if dtype is torch.float32 and not interpreted():
-        for switch in (torch.backends.cudnn.conv, torch.backends.cudnn, torch.backends):
-            if switch.fp32_precision != "none":  # "none" leaves it to the next wider switch
-                return "tf32" if switch.fp32_precision == "tf32" else "ieee"
-    return "ieee"
-
-
 class Gpu(NamedTuple):
     """What tile sizes depend on; two alike are equal."""
 
@@ -71,9 +62,23 @@ class Gpu(NamedTuple):
         return self.chip.startswith("sm_")
 
     @property
+    def runs_tf32(self) -> bool:
+        """Tell whether products of float32 may be rounded to TF32; Triton refuses to on other chips of AMD."""
+        return self.runs_ptx or self.chip == "gfx942"
+
+    @property
     def runs_pdl(self) -> bool:
         """Tell whether a launch may start before the one in front of it has ended."""
         return self.runs_ptx and int(self.chip[3:]) >= 90
+
+
+def input_precision(dtype: torch.dtype, gpu: Gpu) -> str:
+    """Return ``tl.dot``'s input precision: of float32 what PyTorch's switch for convolutions says, if the chip can."""
+    if dtype is torch.float32 and gpu.runs_tf32:
+        for switch in (torch.backends.cudnn.conv, torch.backends.cudnn, torch.backends):
+            if switch.fp32_precision != "none":  # "none" leaves it to the next wider switch
+                return "tf32" if switch.fp32_precision == "tf32" else "ieee"
+    return "ieee"
 
 
 @functools.cache

@@ -205,7 +205,8 @@ def weight_gradient(
 
     All but partials have one dtype. Checked by the caller.
     """
-    launch = _launch(products, shape, division, target.gpu(partials.device), target.input_precision(xs[0].dtype))
+    gpu = target.gpu(partials.device)
+    launch = _launch(products, shape, division, gpu, target.input_precision(xs[0].dtype, gpu))
     with target.device_of(partials):
         _weight_gradient_kernel[launch.grid](tuple(grads), tuple(xs), partials, *launch.sizes, **launch.constants)
 

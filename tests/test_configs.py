@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +241,36 @@ def test_launchers_follow_the_table_and_their_keyword(tuned, monkeypatch):
     launch(tiles=configs.Tiles(16, 16, 16, 1, 1, pool=(16, 16, 16)))
     assert (kernels["entry"].BLOCK_M, kernels["entry"].num_warps, kernels["entry"].grid) == (16, 1, (4 * (7 + 7),))
     assert (kernels["spatial"].BLOCK_K, kernels["spatial"].grid) == (16, (4 * 3,))
+
+
+@pytest.fixture
+def switches() -> Iterator[list[Any]]:
+    """PyTorch's switches from the widest to that of convolutions, and last the one that is none of ours."""
+    found: list[Any] = [
+        torch.backends, torch.backends.cudnn, torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    ]  # fmt: skip
+    before = [switch.fp32_precision for switch in found]
+    yield found
+    for switch, precision in zip(found, before, strict=True):
+        switch.fp32_precision = precision
+
+
+@pytest.mark.parametrize(
+    ("chip", "chosen"), [("sm_80", "tf32"), ("sm_90", "tf32"), ("gfx942", "tf32"), ("gfx90a", "ieee"), ("cpu", "ieee")]
+)
+def test_float32_follows_the_switch_of_convolutions_where_the_chip_has_tf32(switches, chip, chosen):
+    """Not that of matrix products. Of AMD's chips, Triton compiles TF32 for one alone."""
+    gpu = target.Gpu("", chip)
+    everywhere, cudnn, conv, matmul = switches
+    for matmul.fp32_precision in ("ieee", "tf32"):
+        conv.fp32_precision = "tf32"
+        assert target.input_precision(torch.float32, gpu) == chosen
+        assert target.input_precision(torch.float16, gpu) == "ieee"
+        assert target.input_precision(torch.float64, gpu) == "ieee"
+        conv.fp32_precision = "ieee"
+        assert target.input_precision(torch.float32, gpu) == "ieee"
+        conv.fp32_precision = cudnn.fp32_precision = "none"  # leaves it to the next wider switch
+        for everywhere.fp32_precision in ("ieee", "tf32"):
+            assert target.input_precision(torch.float32, gpu) == (
+                chosen if everywhere.fp32_precision == "tf32" else "ieee"
+            )
