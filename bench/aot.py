@@ -55,7 +55,6 @@ CHIPS = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "u8"}
-_DIVISIBLE = [["tt.divisibility", 16]]
 # In the order of their launches.
 KERNELS = {
     "entry": entry,
@@ -101,40 +100,60 @@ class _Recorder:
         self.args, self.kwargs = args, kwargs
 
 
-def launches(
-    chip: str, widths: Widths, dtype: torch.dtype, save: bool, batch: int = 128, size: int = 14
-) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """Return for each kernel its JIT function and the arguments with which one block launches it on ``chip``.
-
-    With ``save`` as in a training step, backward included; else the forward's two alone. On meta tensors, for a
-    channels_last input and weights as the module creates them.
-    """
-    x = torch.empty((batch, widths.in_channels, size, size), dtype=dtype, device="meta")
-    x = x.contiguous(memory_format=torch.channels_last)
+def block_operands(
+    widths: Widths, dtype: torch.dtype, batch: int, size: int, device: str
+) -> tuple[Tensor, list[Tensor]]:
+    """Return a channels_last input and the twelve parameters as the module creates them, in channels_last."""
     k, c1, c2, c3, c4 = widths
+    x = torch.empty((batch, k, size, size), dtype=dtype, device=device, memory_format=torch.channels_last)
     shapes = ((c1, k, 1), (c2[0], k, 1), (c2[1], c2[0], 3), (c3[0], k, 1), (c3[1], c3[0], 5), (c4, k, 1))
     params = []
     for out_channels, in_channels, kernel in shapes:
-        weight = torch.empty((out_channels, in_channels, kernel, kernel), dtype=dtype, device="meta")
-        bias = torch.empty((out_channels,), dtype=dtype, device="meta")
+        weight = torch.empty((out_channels, in_channels, kernel, kernel), dtype=dtype, device=device)
+        bias = torch.empty((out_channels,), dtype=dtype, device=device)
         params += [weight.contiguous(memory_format=torch.channels_last), bias]
+    return x, params
+
+
+def launch_block(x: Tensor, params: list[Tensor], save: bool, chip: str) -> None:
+    """Launch a block's kernels as on ``chip``: with ``save`` a training step's, else the forward's two alone."""
+    # What the launcher would read off a device.
+    with mock.patch.object(target, "gpu", return_value=target.Gpu(chip, chip)):
+        out, saved = ops.empty_output(x, params), block.empty_saved(x, params, save)
+        block.forward(x, params, out, saved, save)
+        if save:
+            block.backward(torch.empty_like(out), x, params, saved, [torch.empty_like(t) for t in (x, *params)])
+
+
+def launches(
+    chip: str, widths: Widths, dtype: torch.dtype, save: bool, batch: int = 128, size: int = 14
+) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """Return for each kernel its JIT function and the arguments with which one block launches it, on meta tensors."""
     names = list(KERNELS) if save else ["entry", "spatial"]
     functions = {name: getattr(KERNELS[name], f"_{name}_kernel") for name in names}
     recorders = {name: _Recorder() for name in names}
     with contextlib.ExitStack() as patched:
         for name in names:
             patched.enter_context(mock.patch.object(KERNELS[name], f"_{name}_kernel", recorders[name]))
-        # What the launcher would read off a device.
-        patched.enter_context(mock.patch.object(target, "gpu", return_value=target.Gpu(chip, chip)))
-        out, saved = ops.empty_output(x, params), block.empty_saved(x, params, save)
-        block.forward(x, params, out, saved, save)
-        if save:
-            block.backward(torch.empty_like(out), x, params, saved, [torch.empty_like(t) for t in (x, *params)])
+        launch_block(*block_operands(widths, dtype, batch, size, "meta"), save, chip)
     return {name: (functions[name], recorders[name].args, recorders[name].kwargs) for name in names}
+
+
+def gpu_target(chip: str) -> GPUTarget:
+    """Return what Triton calls a chip."""
+    return GPUTarget("hip", chip, 64) if chip.startswith("gfx") else GPUTarget("cuda", int(chip[3:]), 32)
 
 
 def compile_launch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], chip: str) -> CompiledKernel:
     """Compile a launch for ``chip``, specialised on its arguments as Triton's own launcher does."""
+    source, options = specialize(function, args, kwargs, chip)
+    return triton.compile(source, target=gpu_target(chip), options=options)
+
+
+def specialize(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], chip: str
+) -> tuple[ASTSource, dict[str, Any]]:
+    """Return what a launch has Triton compile, and its options."""
     options = {name: value for name, value in kwargs.items() if name not in function.arg_names}
     values = [*args, *(kwargs[name] for name in function.arg_names[len(args) :])]
     constexprs: dict[tuple[int, ...], Any] = {}
@@ -149,8 +168,11 @@ def compile_launch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
             return tuple(describe(item, (*path, i)) for i, item in enumerate(value))
         # A caching allocator's blocks are aligned; what a view adds is known from its offset.
         aligned = value.storage_offset() * value.itemsize if isinstance(value, Tensor) else value
-        if aligned % 16 == 0:
-            attrs[path] = _DIVISIBLE
+        found = [["tt.divisibility", 16]] if aligned % 16 == 0 else []
+        if chip.startswith("gfx") and isinstance(value, Tensor) and value.untyped_storage().nbytes() < 2**31:
+            found.append(["tt.pointer_range", 32])  # loads and stores of buffers, not of addresses
+        if found:
+            attrs[path] = found
         if isinstance(value, Tensor):
             return f"*{_NAMES[value.dtype]}"
         return "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -158,8 +180,7 @@ def compile_launch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     for i, (name, value) in enumerate(zip(function.arg_names, values, strict=True)):
         signature[name] = describe(value, (i,))
     source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attrs)
-    gpu = GPUTarget("hip", chip, 64) if chip.startswith("gfx") else GPUTarget("cuda", int(chip[3:]), 32)
-    return triton.compile(source, target=gpu, options=options)
+    return source, options
 
 
 def parts(kernel: str, args: tuple[Any, ...], constants: dict[str, Any]) -> list[Part]:

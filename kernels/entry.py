@@ -10,15 +10,22 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, target
-from fastinception.kernels.epilogue import bias_relu, follow_predecessor, is_channels_last, out_strides, store_active
+from fastinception.kernels.epilogue import (
+    bias_relu,
+    choosable,
+    follow_predecessor,
+    is_channels_last,
+    out_strides,
+    store_active,
+)
 
 
 @triton.jit
 def _gemm_tile(
     row_tile, column_tile, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
     M, K, pixels, stride_on, stride_op, stride_oc, stride_mask,
-    WIDTHS: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
-    RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDTHS: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, AMD: tl.constexpr, PRECISION: tl.constexpr,
+    SAVE: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``relu(x @ w.T + b)`` for one tile of the convolutions side by side, each column stored where it belongs."""
     offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -27,13 +34,15 @@ def _gemm_tile(
     mask_m = offs_m < M
 
     # One pointer for each column, chosen among the convolutions' weights: no packed copy, no extra launch.
-    w_rows = w_ptrs[0] + offs_n * K
-    b_columns = b_ptrs[0] + offs_n
+    w_rows = choosable(w_ptrs[0], offs_n * K, AMD)
+    b_columns = choosable(b_ptrs[0], offs_n, AMD)
     first = WIDTHS[0]
     for i in tl.static_range(1, len(WIDTHS)):
-        w_rows = tl.where(offs_n < first, w_rows, w_ptrs[i] + (offs_n - first) * K)
-        b_columns = tl.where(offs_n < first, b_columns, b_ptrs[i] + (offs_n - first))
+        w_rows = tl.where(offs_n < first, w_rows, choosable(w_ptrs[i], (offs_n - first) * K, AMD))
+        b_columns = tl.where(offs_n < first, b_columns, choosable(b_ptrs[i], offs_n - first, AMD))
         first += WIDTHS[i]
+    w_rows = w_rows.to(w_ptrs[0].dtype)
+    b_columns = b_columns.to(b_ptrs[0].dtype)
     mask_n = offs_n < first
     if ALIGNED:  # Triton 3.9 forgets it in tl.where, and then copies the weights two bytes at a time, unpipelined
         w_rows = tl.multiple_of(w_rows, 16)
@@ -190,7 +199,7 @@ def _entry_kernel(
     WIDTHS: tl.constexpr, GEMM_TILES: tl.constexpr, POOL_TILES: tl.constexpr,
     POOL_WIDTH: tl.constexpr, POOL_COLUMN: tl.constexpr, POOL_MASK_COLUMN: tl.constexpr,
     EVEN_K: tl.constexpr, POOL_EVEN_K: tl.constexpr, ALIGNED: tl.constexpr,
-    PTX: tl.constexpr, MAX_ASM: tl.constexpr,
+    AMD: tl.constexpr, PTX: tl.constexpr, MAX_ASM: tl.constexpr,
     PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     POOL_M: tl.constexpr, POOL_N: tl.constexpr, POOL_K: tl.constexpr,
@@ -214,7 +223,7 @@ def _entry_kernel(
         _gemm_tile(
             row_tile, tile, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
             M, K, H * W, stride_on, stride_op, stride_oc, stride_mask,
-            WIDTHS, EVEN_K, ALIGNED, PRECISION, SAVE, RELU, BLOCK_M, BLOCK_N, BLOCK_K,
+            WIDTHS, EVEN_K, ALIGNED, AMD, PRECISION, SAVE, RELU, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         pool_tile = tile - GEMM_TILES
@@ -315,8 +324,8 @@ def _launch(
         WIDTHS=widths, GEMM_TILES=gemm_tiles, POOL_TILES=pool_tiles,
         POOL_WIDTH=pool_width, POOL_COLUMN=pool_columns[0], POOL_MASK_COLUMN=pool_columns[1],
         EVEN_K=channels % tiles.block_k == 0, POOL_EVEN_K=channels % pool_k == 0, ALIGNED=aligned,
-        PTX=gpu.runs_ptx, MAX_ASM=target.max_asm(gpu, dtype, with_codes=save), PRECISION=precision, SAVE=save,
-        RELU=relu, INTERLEAVED=tiles.interleaved,
+        AMD=gpu.is_amd, PTX=gpu.runs_ptx, MAX_ASM=target.max_asm(gpu, dtype, with_codes=save), PRECISION=precision,
+        SAVE=save, RELU=relu, INTERLEAVED=tiles.interleaved,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
         POOL_M=pool_m, POOL_N=pool_n, POOL_K=pool_k, **tiles.options(gpu),
     )  # fmt: skip

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, target
-from fastinception.kernels.epilogue import follow_predecessor, is_channels_last, out_strides
+from fastinception.kernels.epilogue import choosable, follow_predecessor, is_channels_last, out_strides
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def _pool_gradient_kernel(
 def _entry_gradient_kernel(
     g_ptr, w_ptrs, out_ptr, M, K, COLUMNS, pixels, stride_on, stride_op, stride_oc,
     WIDTHS: tl.constexpr, STRIDE: tl.constexpr, EVEN_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, AMD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Add ``g @ w`` for one tile to ``out``, with the convolutions' weights below one another."""
@@ -68,11 +68,12 @@ def _entry_gradient_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=dtype)
     for k in range(0, COLUMNS, BLOCK_K):
         j = k + offs_k
-        w_rows = w_ptrs[0] + j * K
+        w_rows = choosable(w_ptrs[0], j * K, AMD)
         first = WIDTHS[0]
         for i in tl.static_range(1, len(WIDTHS)):
-            w_rows = tl.where(j < first, w_rows, w_ptrs[i] + (j - first) * K)
+            w_rows = tl.where(j < first, w_rows, choosable(w_ptrs[i], (j - first) * K, AMD))
             first += WIDTHS[i]
+        w_rows = w_rows.to(w_ptrs[0].dtype)
         if ALIGNED:  # Triton forgets it in tl.where, and then copies the weights two bytes at a time, unpipelined
             w_rows = tl.multiple_of(w_rows, 16)
         if EVEN_COLUMNS:
@@ -154,6 +155,7 @@ def _entry_launch(
     sizes = (rows, channels, columns, height * width, *out_strides(shape, channels_last))
     return configs.launch(
         programs, sizes,
-        WIDTHS=widths, STRIDE=columns, EVEN_COLUMNS=columns % tiles.block_k == 0, ALIGNED=aligned, PRECISION=precision,
+        WIDTHS=widths, STRIDE=columns, EVEN_COLUMNS=columns % tiles.block_k == 0, ALIGNED=aligned,
+        PRECISION=precision, AMD=gpu.is_amd,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, **tiles.options(gpu),
     )  # fmt: skip

@@ -18,6 +18,15 @@ def follow_predecessor(PDL: tl.constexpr):
 
 
 @triton.jit
+def choosable(pointer, offset, AMD: tl.constexpr):
+    """``pointer + offset`` for ``tl.where``: on AMD as an integer, as its compiler ends on pointers (Triton 3.6)."""
+    if AMD:
+        return pointer.to(tl.int64) + offset.to(tl.int64) * (pointer.dtype.element_ty.primitive_bitwidth // 8)
+    else:  # without it, Triton would want one type of both
+        return pointer + offset
+
+
+@triton.jit
 def bias_relu(acc, b_ptr, offs_n, mask_n, dtype: tl.constexpr, RELU: tl.constexpr):
     """Return ``relu(round(acc + bias))``, without RELU the sum. NaN passes as in ATen: for it ``y <= 0`` is false."""
     bias = tl.load(b_ptr + offs_n, mask=mask_n, other=0.0)

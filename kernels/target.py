@@ -62,6 +62,11 @@ class Gpu(NamedTuple):
         return self.chip.startswith("sm_")
 
     @property
+    def is_amd(self) -> bool:
+        """Tell whether AMD's compiler makes the code."""
+        return self.chip.startswith("gfx")
+
+    @property
     def runs_tf32(self) -> bool:
         """Tell whether products of float32 may be rounded to TF32; Triton refuses to on other chips of AMD."""
         return self.runs_ptx or self.chip == "gfx942"

@@ -225,6 +225,60 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return rows
 
 
+# In a process without the interpreter, on a driver that has no device: Triton's own launcher binds and specialises.
+JIT = """
+from unittest import mock
+import torch
+from triton.compiler import make_backend
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from bench import aot
+
+class Driver:
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return aot.gpu_target(self.chip)
+
+def given(attrs):
+    return {place: sorted(found) for place, found in attrs.items() if found}
+
+def record(self, key, signature, device, constexprs, options, attrs, warmup):
+    asked[self.fn.__name__] = signature, constexprs, given(attrs), options.__dict__
+
+driver.set_active(Driver())
+compared = 0
+for Driver.chip in aot.CHIPS:
+    for kernel, module in aot.KERNELS.items():
+        getattr(module, f"_{kernel}_kernel").device_caches.clear()
+    for block, dtype, save in (("4e", "bf16", True), ("3a", "fp16", False), ("4b", "fp32", True)):
+        asked = {}
+        with mock.patch.object(JITFunction, "_do_compile", record):
+            aot.launch_block(*aot.block_operands(aot.WIDTHS[block], aot.DTYPES[dtype], 16, 5, "cpu"), save, Driver.chip)
+        for name, launch in aot.launches(Driver.chip, aot.WIDTHS[block], aot.DTYPES[dtype], save, 16, 5).items():
+            source, options = aot.specialize(*launch, Driver.chip)
+            options = make_backend(aot.gpu_target(Driver.chip)).parse_options(options).__dict__
+            ours = source.signature, source.constants, given(source.attrs), options
+            for one, other in zip(ours, asked.pop(f"_{name}_kernel"), strict=True):
+                assert one == other, (Driver.chip, block, dtype, name, one, other)
+            compared += 1
+        assert not asked, asked
+print("compared", compared)
+"""
+
+
+def test_what_the_report_compiles_is_what_a_launch_compiles():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", JIT]
+    done = subprocess.run(command, cwd=SCRIPT.parent.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["compared", str(len(aot.CHIPS) * (8 + 2 + 8))]
+
+
 def name(row: dict[str, Any]) -> str:
     return " ".join(row[key] for key in aot_report.KEY)
 

@@ -226,6 +226,20 @@ def test_the_backward_stays_inside_its_tensors(monkeypatch, batch, format):
         torch.testing.assert_close(own, theirs)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="runs another chip's code, in the interpreter")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_is_special_on_amd_gives_the_same_numbers(monkeypatch, dtype):
+    """Weights and biases are chosen by integer addresses there, whichever convolutions share a tile."""
+    monkeypatch.setattr(target, "gpu", lambda device: target.Gpu("", "gfx942"))
+    plain = Inception(24, 40, (60, 33), (70, 9), 17).to(dtype)
+    fast = FastInception.from_reference(plain, backend="triton")
+    x = images((2, 24, 5, 4), dtype).requires_grad_()
+    inputs, upstream = [x, *plain.parameters()], randn_like(plain(x))
+    torch.testing.assert_close(fast(x), plain(x))
+    ours, theirs = (torch.autograd.grad(block(x), inputs, upstream) for block in (fast, plain))
+    torch.testing.assert_close(ours, theirs)
+
+
 SPATIAL = ["p2_2.weight", "p3_2.weight"]
 
 
