@@ -1,12 +1,14 @@
 # Each target is complete on a machine that has only Python 3.10+ and make:
 #   make compare              examples/sec, plain and fast, on this machine   (COMPARE_ARGS="--quick")
-#   make test                 the test suite                                  (PYTEST_ARGS="-k data")
+#   make test                 the test suite       (PYTEST_ARGS="-k data"; WORKERS= for one process that shows all)
 # Set PYTHON=python3.12 for another Python, CONSTRAINTS=tests/constraints/newest.txt for the exact tested set.
 
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?=
 OLDEST_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,aot block configs functional gpu_parts gpu_suite kernels launch_options ops compile equivalence module gradients edited inputs out pool roofline special transforms)))
+# A process for each core, up to four: each holds PyTorch, and what a file shares is made once in each.
+WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
 RUN := $(VENV)/bin/python
 
 # A user's active environment must not leak into this one.
@@ -19,7 +21,7 @@ compare: $(VENV)/.installed-test
 	$(RUN) bench/compare.py $(COMPARE_ARGS)
 
 test: $(VENV)/.installed-test
-	$(RUN) -m pytest $(TESTS) $(PYTEST_ARGS)
+	$(RUN) -m pytest $(WORKERS) $(TESTS) $(PYTEST_ARGS)
 
 # On the oldest supported torch and Triton, in an environment of its own.
 test-oldest:
