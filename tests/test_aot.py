@@ -17,16 +17,22 @@ pytest.importorskip("triton")
 from bench import aot, aot_report, sass
 
 SCRIPT = Path(aot_report.__file__)
-# The forward of every block on the chip that the tiles are for, the backward of those with odd widths; every chip with
+# The forward of the blocks on the chip that the tiles are for, the backward of those with odd widths; every chip with
 # the dtypes, both modes and a K that no step divides. (All of it takes minutes: run the command.)
 FORWARD = ("entry", "spatial")
-BACKWARD = ("split", "data_gradient", "pool_gradient", "entry_gradient", "weight_gradient", "sum")
+BACKWARD = ("data_gradient", "entry_gradient", "weight_gradient")
+SWEEPS = ("split", "pool_gradient", "sum")  # without products
 ODD = ("3a", "4b", "5b")  # 16 channels in front of the 5x5, 24 of them, and the widest
+# All nine on the newest Triton, whose margins are the narrower ones.
+NEWEST = tuple(map(int, aot.triton.__version__.split(".")[:2])) >= (3, 9)
+FORWARD_BLOCKS = tuple(aot.WIDTHS) if NEWEST else (*ODD, "4e")
+OTHER_CHIPS = tuple(chip for chip in aot.CHIPS if chip != "sm_90")
 COMMANDS = (
-    ["--chips", "sm_90", "--blocks", *aot.WIDTHS, "--dtypes", "bf16", "--mode", "train", "--kernels", *FORWARD],
+    ["--chips", "sm_90", "--blocks", *FORWARD_BLOCKS, "--dtypes", "bf16", "--mode", "train", "--kernels", *FORWARD],
     ["--chips", "sm_90", "--blocks", *ODD, "--dtypes", "bf16", "--mode", "train", "--kernels", *BACKWARD],
+    ["--chips", "sm_90", "--blocks", "4b", "--dtypes", "bf16", "--mode", "train", "--kernels", *SWEEPS],
     ["--blocks", "4e", "--dtypes", "fp32", "--mode", "infer"],
-    ["--blocks", "4e", "--dtypes", "fp16", "--mode", "train"],
+    ["--chips", *OTHER_CHIPS, "--blocks", "4e", "--dtypes", "fp16", "--mode", "train"],
     ["--chips", "sm_90", "--blocks", "4e", "--dtypes", "bf16", "--mode", "infer"],
     # No comparison of bfloat16 in PTX.
     ["--chips", "sm_80", "--blocks", "3a", "--dtypes", "bf16", "--mode", "train", "--kernels", "entry"],
@@ -45,8 +51,6 @@ LIMITS = {
 # Here the limit is not reached on Triton 3.9, 0.52: the 5x5 has 32 channels (1.53 by itself), and 3.9 spends ten
 # instructions a step more than 3.6 (0.47).
 EXCEPTIONS = {("3a", "spatial"): 0.53}
-# Kernels without products.
-SWEEPS = ("split", "pool_gradient", "sum")
 
 # Two warpgroups. The loop from 0x10 to 0xb0 has 11 instructions, two products and two groups of copies, one each.
 PIPELINED = """
@@ -284,8 +288,10 @@ def name(row: dict[str, Any]) -> str:
 
 
 def test_all_was_compiled(compiled):
-    assert len(compiled) == 2 * len(aot.WIDTHS) + 6 * len(ODD) + (2 + 8) * len(aot.CHIPS) + 2 + 1
-    assert aot_report.KERNELS == tuple(aot.KERNELS) == FORWARD + BACKWARD
+    expected = 2 * len(FORWARD_BLOCKS) + 3 * len(ODD) + 3 + 2 * len(aot.CHIPS) + 8 * len(OTHER_CHIPS) + 2 + 1
+    assert len(compiled) == expected
+    assert tuple(aot.KERNELS) == aot_report.KERNELS
+    assert set(aot.KERNELS) == {*FORWARD, *BACKWARD, *SWEEPS}
     assert {row["chip"] for row in compiled} == set(aot.CHIPS) == set(aot_report.CHIPS)
     assert {row["kernel"] for row in compiled} == set(aot.KERNELS)
     assert set(aot.DTYPES) == set(aot_report.DTYPES)
@@ -346,8 +352,8 @@ def test_issue_pressure_of_the_default_tiles(compiled):
             assert pressure <= limit, f"{name(row)}: {part}"
             checked.add((row["block"], part, row["mode"]))
     assert checked == {
-        (block, part, mode) for block in aot.WIDTHS for part in LIMITS for mode in LIMITS[part]
-        if block == "4e" or (mode == "train" and (part not in BACKWARD or block in ODD))
+        (block, part, mode) for block in FORWARD_BLOCKS for part in LIMITS for mode in LIMITS[part]
+        if (mode == "infer" and block == "4e") or (mode == "train" and (part not in BACKWARD or block in ODD))
     }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def test_jvp_and_vjp(pair):
 
 def test_jacobians(pair):
     plain, fast, x = pair
-    x = x[:1, :, :2, :2]  # a backward for each element of the output
+    x = x[:1, :, :2, :1]  # a backward for each element of the output
     expected = torch.autograd.functional.jacobian(plain, x)
     assert expected.abs().sum() > 0
     close(jacrev(fast)(x), expected)
@@ -93,7 +93,7 @@ def test_batched_upstream_gradients(pair):
         inputs = [leaf, *block.parameters()]
         results.append(torch.autograd.grad(block(leaf), inputs, upstream, is_grads_batched=True))
     close(results[1], results[0])
-    small = x[:1, :, :2, :2]  # a backward for each element of the output
+    small = x[:1, :, :2, :1]  # a backward for each element of the output
     jacobians = [torch.autograd.functional.jacobian(block, small, vectorize=True) for block in (fast, plain)]
     close(*jacobians)
 
