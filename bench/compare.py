@@ -37,6 +37,7 @@ try:
         load_batch,
         rate,
         synchronize,
+        wall_clock,
     )
     from bench.record import conditions, write_json
     from bench.report import BASE, FLOOR, Display, Row, cross_precision, plot, with_ratios
@@ -86,6 +87,9 @@ class Schedule(NamedTuple):
     seconds: float
 
 
+# Before each sample on a CPU, in seconds: PyTorch's threads spin for some milliseconds after a run, and an engine with
+# threads of its own would share the cores with them (OpenVINO lost 7 to 14%).
+PAUSE = 0.05
 SCHEDULES = {
     ("inference", False): Schedule(warmup=1.0, rounds=7, seconds=12.0),
     ("training", False): Schedule(warmup=1.0, rounds=5, seconds=15.0),
@@ -155,7 +159,8 @@ class Comparison:
         measured = self._memory(runners, dtype) if mode == "training" and not self.args.quick else {}
         self.display.stage(f"{title}: warm up", 0, None)
         sync = partial(synchronize, self.args.device)
-        for samples, rounds in interleave(runners, sync, **SCHEDULES[mode, self.args.quick]._asdict()):
+        clock = wall_clock(sync, PAUSE if self.args.device.type == "cpu" else 0.0)
+        for samples, rounds in interleave(runners, sync, clock=clock, **SCHEDULES[mode, self.args.quick]._asdict()):
             done = min(map(len, samples.values()))
             self.display.stage(f"{title}: rounds", done, rounds)
             if done:

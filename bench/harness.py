@@ -161,10 +161,11 @@ def synchronize(device: torch.device) -> None:
 Clock = Callable[[Callable[[], object], int], list[float]]
 
 
-def wall_clock(sync: Callable[[], None]) -> Clock:
-    """Return a clock that takes one sample, seconds a call, of so many calls in a row."""
+def wall_clock(sync: Callable[[], None], pause: float = 0.0) -> Clock:
+    """Return a clock that pauses for some seconds, then takes one sample, seconds a call, of so many calls in a row."""
 
     def sample(run: Callable[[], object], calls: int) -> list[float]:
+        time.sleep(pause)
         sync()
         start = time.perf_counter()
         for _ in range(calls):

@@ -330,6 +330,14 @@ def test_the_first_call_is_in_no_sample_and_a_sample_is_the_time_of_one_call(clo
     assert calls["b"] == 1 + 2 + 3
 
 
+def test_a_pause_comes_before_a_sample_and_is_not_in_it():
+    """Threads that spin after one run must not share the cores with the next."""
+    start = time.perf_counter()
+    (sample,) = harness.wall_clock(lambda: None, pause=0.2)(lambda: None, 1)
+    assert time.perf_counter() - start >= 0.2
+    assert sample < 0.1
+
+
 def test_more_rounds_are_taken_where_the_seconds_allow(clock: list[float]) -> None:
     def run() -> None:
         clock[0] += 0.5
