@@ -213,10 +213,15 @@ def test_compiled_variants_are_rows_and_the_better_rival_is_kept(
         compiled.append(options)
         return net
 
+    pauses: list[float] = []
+    wall_clock = compare.wall_clock
+    monkeypatch.setattr(compare, "wall_clock", lambda sync, pause: pauses.append(pause) or wall_clock(sync, pause))
     monkeypatch.setattr(compare, "compile_failure", lambda device: None)
     monkeypatch.setattr(torch, "compile", fake_compile)
     result = tmp_path / "result.json"
     assert compare.main([*TINY, "--mode", "training", "--dtype", "fp32", "--json", str(result)]) == 0
+    assert pauses == [compare.PAUSE]  # a CPU's threads spin for a while
+    assert compare.PAUSE >= 0.02
     rows = _strict(result)["rows"]
     assert [row["variant"] for row in rows] == [*EAGER, "plain compiled", "FastInception compiled", report.FLOOR]
     assert [row["compiled"] for row in rows] == [False, False, False, True, True, False]
