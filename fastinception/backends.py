@@ -47,32 +47,33 @@ def select(backend: str, x: Tensor, params: Sequence[Tensor]) -> Path:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     reason = target.unsupported(x.device, x.dtype) if backend != "aten" else None
-    if backend != "aten" and x.shape[0] * x.shape[2] * x.shape[3] > _MOST_PIXELS:
+    n, _, height, width = x.shape
+    if backend != "aten" and n * height * width > _MOST_PIXELS:
         reason = f"the kernels count at most {_MOST_PIXELS} pixels"
     if backend == "triton" and reason is not None:
         raise ValueError(f"backend='triton' cannot run here: {reason}; use backend='auto' or 'aten'")
     if (special := _special(x, params)) is not None:
         return Path("plain", special)
-    if backend == "aten":
-        return Path("aten", "backend='aten' was asked for")
     if backend == "triton":
         return Path("triton", "backend='triton' was asked for")
-    if x.device.type != "cuda":  # the interpreter is for tests: only where it was asked for
-        return Path("aten", "x is not on a GPU that runs Triton")
-    if reason is not None:
-        return Path("aten", reason)
-    return Path("triton", "x is on a GPU that runs Triton")
+    if backend == "aten":
+        reason = "backend='aten' was asked for"
+    elif x.device.type != "cuda":  # the interpreter is for tests: only where it was asked for
+        reason = "x is not on a GPU that runs Triton"
+    if reason is None:
+        return Path("triton", "x is on a GPU that runs Triton")
+    return Path("aten", reason)
 
 
 def _special(x: Tensor, params: Sequence[Tensor]) -> str | None:
     """Say what about a call only standard, differentiable operators can serve, or None."""
-    if 0 in x.shape:
+    if x.numel() == 0:
         return "x is empty"
-    if x.device.type == "meta":
+    if x.is_meta:
         return "x is on the meta device"
-    for tensor in (x, *params):
-        if type(tensor) is not Tensor and type(tensor) is not Parameter:
-            return f"an operand is a {type(tensor).__qualname__}"
+    for kind in {type(x), *map(type, params)}:
+        if kind is not Tensor and kind is not Parameter:
+            return f"an operand is a {kind.__qualname__}"
     if torch.compiler._is_exporting_flag:  # is_exporting() is constantly true to Dynamo, in torch.compile too
         return "an exported program holds standard operators only"
     if torch._C._are_functorch_transforms_active():

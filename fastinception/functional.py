@@ -71,12 +71,12 @@ def inception(
     return ops.run(path.name, x, params, needs_grad, relu)
 
 
-def prepare(x: Tensor, params: Sequence[Tensor], backend: str) -> tuple[Path, Tensor, list[Tensor]]:
+def prepare(x: Tensor, params: Sequence[Tensor], backend: str) -> tuple[Path, Tensor, Sequence[Tensor]]:
     """Return the path of a call, and ``x`` and ``params`` in the dtype that it computes in, all checked."""
     check_images(x)
     if len(params) != 12:
         raise ValueError(f"params must be the 12 weights and biases of the block, got {len(params)}")
-    x, *params = _autocast(x, params)
+    x, params = _autocast(x, params)
     _check_input(x, params)
     return backends.select(backend, x, params), x, params
 
@@ -99,14 +99,16 @@ def copy_into(out: Tensor, y: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     return out.copy_(y)
 
 
-def _autocast(x: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+def _autocast(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
     """Return ``x`` and ``params`` in the dtype that autocast asks of a convolution, or as they are without it."""
-    tensors = [x, *params]
+    device = x.device.type
     # is_autocast_enabled raises for meta, and Dynamo cannot trace is_autocast_available on the oldest PyTorch.
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        return [t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors]
-    return tensors
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, *params = [
+            t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in (x, *params)
+        ]
+    return x, params
 
 
 def _check_input(x: Tensor, params: Sequence[Tensor]) -> None:
@@ -118,7 +120,8 @@ def _check_input(x: Tensor, params: Sequence[Tensor]) -> None:
         (c1, k, 1, 1), (c1,), (c21, k, 1, 1), (c21,), (c22, c21, 3, 3), (c22,),
         (c31, k, 1, 1), (c31,), (c32, c31, 5, 5), (c32,), (c42, k, 1, 1), (c42,),
     ]  # fmt: skip
-    if shapes == fitting and all(p.dtype is dtype and p.device == device for p in params):
+    dtypes, devices = [p.dtype for p in params], [p.device for p in params]
+    if shapes == fitting and dtypes.count(dtype) == devices.count(device) == 12:
         return  # on every call, so in one go; the rest finds words
     if len(shapes[0]) == 4 and k != shapes[0][1]:
         raise ValueError(f"x must have {shapes[0][1]} channels, got {k}: {list(x.shape)}")

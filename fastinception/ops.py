@@ -7,6 +7,7 @@ derivative is computed from plain operators.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -21,6 +22,14 @@ _PARAMS = ", ".join(f"Tensor {name}_weight, Tensor {name}_bias" for name in _NAM
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
+@functools.cache
+def _launches() -> Any:
+    """Import the kernels, which need Triton as this module does not, once: Python's own look-up costs 1 us a call."""
+    from fastinception.kernels import block
+
+    return block
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """Return the memory format of the block's output for ``x``: channels_last for channels_last, else contiguous."""
     if x.is_contiguous():
@@ -33,6 +42,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def _dense(x: Tensor, shape: Sequence[int], format: torch.memory_format) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format)
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """Return what stands for a tensor that an operator has to return and does not compute."""
+    return _dense(like, (0,), torch.contiguous_format)
 
 
 def _widths(params: Sequence[Tensor]) -> tuple[int, int, int, int]:
@@ -59,9 +73,9 @@ def _empty_aten_outputs(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ..
 
 def _empty_triton_outputs(x: Tensor, params: Sequence[Tensor], save: bool) -> tuple[Tensor, ...]:
     """Allocate what ``triton_forward`` returns, see :class:`fastinception.kernels.block.Saved`."""
-    from fastinception.kernels import block  # needs Triton, which this module does not
-
-    return empty_output(x, params), *block.empty_saved(x, params, save)
+    if not save:
+        return empty_output(x, params), *[_nothing(x) for _ in range(5)]
+    return empty_output(x, params), *_launches().empty_saved(x, params)
 
 
 torch.library.define(
@@ -85,13 +99,12 @@ def _aten_forward(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
 
 
 def _triton_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    from fastinception.kernels import block
-
     params, save, relu = args[:12], args[12], args[13] if len(args) > 13 else True
     if save and not relu:
         raise ValueError("only the block with its ReLUs has a backward: save=False was expected with relu=False")
     out, *saved = _empty_triton_outputs(x, params, save)
-    block.forward(x, params, out, block.Saved(*saved), save, relu)
+    block = _launches()
+    block.forward(x, params, out, block.Saved(*saved) if save else None, relu=relu)
     return out, *saved
 
 
@@ -131,16 +144,14 @@ torch.library.define(
 
 @torch.library.impl("fastinception::inception_out", "default")
 def _inception_out(x: Tensor, *args: Any) -> None:
-    params, backend, out, relu = args[:12], args[12], args[13], args[14] if len(args) > 14 else True
+    params, backend, out, relu = list(args[:12]), args[12], args[13], args[14] if len(args) > 14 else True
     check_overlap(out, (x, *params))
     if backend == "aten" and not relu:
         raise ValueError("only Triton's forward comes without ReLU")
-    if backend == "aten":
-        aten.forward(x, params, out)
+    if backend == "triton":
+        _launches().forward(x, params, out, relu=relu)
     else:
-        from fastinception.kernels import block
-
-        block.forward(x, params, out, block.empty_saved(x, params, save=False), save=False, relu=relu)
+        aten.forward(x, params, out)
 
 
 def check_overlap(out: Tensor, inputs: Sequence[Tensor]) -> None:
@@ -180,10 +191,7 @@ torch.library.define(
 
 def _empty_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """Allocate each gradient with its input's strides, if it is dense; what is not needed is an empty tensor."""
-    return tuple(
-        torch.empty_like(t) if need else _dense(t, (0,), torch.contiguous_format)
-        for t, need in zip(inputs, needs, strict=True)
-    )
+    return tuple(torch.empty_like(t) if need else _nothing(t) for t, need in zip(inputs, needs, strict=True))
 
 
 def _finish(grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:
@@ -198,7 +206,7 @@ def _finish(grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Te
 
 def _without_none(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """Return what an operator may: an empty tensor for each gradient that is not needed."""
-    return tuple([_dense(like, (0,), torch.contiguous_format) if grad is None else grad for grad in grads])
+    return tuple([_nothing(like) if grad is None else grad for grad in grads])
 
 
 def _aten_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | None]:
@@ -209,8 +217,7 @@ def _aten_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | No
 
 
 def _triton_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | None]:
-    from fastinception.kernels import block
-
+    block = _launches()
     *params, r2, r3, mask, pooled, codes, needs = args
     inputs = (x, *params)
     grads = [_dense(x, x.shape, memory_format(x)) if needs[0] else None]
@@ -378,7 +385,9 @@ def run(backend: str, x: Tensor, params: Sequence[Tensor], needs_grad: bool, rel
         if needs_grad:
             return cast(Tensor, _Inception.apply(backend, x, *params))
         if backend == "triton":
-            return _triton_forward(x, *params, False, relu)[0]
+            out = empty_output(x, params)
+            _launches().forward(x, params, out, relu=relu)
+            return out
     flags = (needs_grad, relu) if backend == "triton" else ()
     out, *_ = getattr(torch.ops.fastinception, f"{backend}_forward")(x, *params, *flags)
     return cast(Tensor, out)

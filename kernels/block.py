@@ -48,54 +48,59 @@ def mask_columns(widths: Sequence[int]) -> list[int]:
     return columns
 
 
-def empty_saved(x: Tensor, params: Sequence[Tensor], save: bool) -> Saved:
-    """Allocate what the forward writes beside the output; without ``save``, r2 and r3 only."""
+def _empty_reductions(x: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """Allocate r2 and r3, see :class:`Saved`."""
+    n, _, height, width = x.shape
+    shapes = [(n, weight.shape[0], height, width) for weight in (params[2], params[6])]
+    dtype, device = x.dtype, x.device
+    return [torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last) for shape in shapes]
+
+
+def empty_saved(x: Tensor, params: Sequence[Tensor]) -> Saved:
+    """Allocate what the forward keeps for the backward."""
     n, channels, height, width = x.shape
-    rows = n * height * width if save else 0
-
-    def dense(columns: int) -> Tensor:
-        shape = (n, columns, height, width)
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
+    rows, dtype, device = n * height * width, x.dtype, x.device
     return Saved(
-        dense(params[2].shape[0]),
-        dense(params[6].shape[0]),
-        torch.empty((rows, mask_columns(widths(params))[-1]), dtype=torch.uint8, device=x.device),
-        torch.empty((rows, channels), dtype=x.dtype, device=x.device),
-        torch.empty((rows, channels), dtype=torch.uint8, device=x.device),
+        *_empty_reductions(x, params),
+        torch.empty((rows, mask_columns(widths(params))[-1]), dtype=torch.uint8, device=device),
+        torch.empty((rows, channels), dtype=dtype, device=device),
+        torch.empty((rows, channels), dtype=torch.uint8, device=device),
     )
 
 
-def _as_operand(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` with rows the kernels can walk: itself but for expanded, permuted or sliced parameters."""
-    if tensor.is_contiguous():
-        return tensor
-    if tensor.dim() == 4 and tensor.shape[2:] != (1, 1):
-        return tensor.contiguous(memory_format=torch.channels_last)
-    return tensor.contiguous()
+def _operands(params: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``params`` with rows the kernels can walk: themselves but for expanded, permuted or sliced ones."""
+    # Written for the host's time: it runs in every call, and nearly all are contiguous.
+    return [p if p.is_contiguous() else _dense(p) for p in params]
 
 
-def forward(x: Tensor, params: Sequence[Tensor], out: Tensor, saved: Saved, save: bool, relu: bool = True) -> None:
-    """Write the block of ``x`` to ``out``, ``[N, c1 + c2[1] + c3[1] + c4, H, W]``, and what is ``saved``.
+def _dense(p: Tensor) -> Tensor:
+    spatial_weight = p.dim() == 4 and p.shape[2:] != (1, 1)
+    return p.contiguous(memory_format=torch.channels_last) if spatial_weight else p.contiguous()
 
-    Without ``relu`` there is none behind any convolution, and no backward for it.
+
+def forward(x: Tensor, params: Sequence[Tensor], out: Tensor, saved: Saved | None = None, *, relu: bool = True) -> None:
+    """Write the block of ``x`` to ``out``, ``[N, c1 + c2[1] + c3[1] + c4, H, W]``.
+
+    ``saved`` gets what the backward needs; None keeps nothing. Without ``relu`` there is none behind any convolution,
+    and no backward for it.
     """
     if x.numel() == 0:
         return
-    w1, b1, w21, b21, w22, b22, w31, b31, w32, b32, w42, b42 = map(_as_operand, params)
-    c1, c2, c3, _ = widths(params)
-    _, mask2, mask3, mask4, _ = mask_columns(widths(params))
+    w1, b1, w21, b21, w22, b22, w31, b31, w32, b32, w42, b42 = _operands(params)
+    c1, c2, c3, _ = branches = widths(params)
+    _, mask2, mask3, mask4, _ = mask_columns(branches)
     x = x.contiguous(memory_format=torch.channels_last)
-    r2, r3, *kept = saved
+    r2, r3 = _empty_reductions(x, params) if saved is None else saved[:2]
     entry(
-        x, (w1, w21, w31), (b1, b21, b31), w42, b42, out, c1 + c2 + c3, (r2, r3), tuple(kept) if save else None, mask4,
-        relu=relu,
+        x, (w1, w21, w31), (b1, b21, b31), w42, b42, out, c1 + c2 + c3, (r2, r3),
+        None if saved is None else saved[2:], mask4, relu=relu,
     )  # fmt: skip
     level = [
         Conv(r2, w22, b22, column=c1, mask_column=mask2, padding=(1, 1)),
         Conv(r3, w32, b32, column=c1 + c2, mask_column=mask3, padding=(2, 2)),
     ]
-    spatial(level, out, saved.mask if save else None, relu=relu)
+    spatial(level, out, None if saved is None else saved.mask, relu=relu)
 
 
 # The branches with a spatial convolution, and where its weight is among x and the twelve parameters.
@@ -224,7 +229,7 @@ def backward(
         saved: what the forward kept.
         grads: each of its tensor's shape; x's contiguous in either memory format, 4-D weights' in channels_last.
     """
-    w1, w21, w22, w31, w32, w42 = map(_as_operand, params[::2])
+    w1, w21, w22, w31, w32, w42 = _operands(params[::2])
     r2, r3, mask, pooled, codes = saved
     shape, dtype, device = x.shape, x.dtype, x.device
     n, _, height, width = shape

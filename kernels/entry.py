@@ -275,7 +275,7 @@ def entry(
         ValueError: ``part`` is no part.
     """
     mask, pooled, codes = saved or (None, None, None)
-    aligned = x.shape[1] * x.itemsize % 16 == 0 and all(w.data_ptr() % 16 == 0 for w in weights)
+    aligned = not any(w.data_ptr() % 16 for w in weights)
     gpu = target.gpu(x.device)
     launch = _launch(
         x.shape, tuple([w.shape[0] for w in weights]), pool_weight.shape[0], (pool_column, pool_mask_column),
@@ -323,7 +323,8 @@ def _launch(
         (rows, channels, height, width, *strides, mask_bytes),
         WIDTHS=widths, GEMM_TILES=gemm_tiles, POOL_TILES=pool_tiles,
         POOL_WIDTH=pool_width, POOL_COLUMN=pool_columns[0], POOL_MASK_COLUMN=pool_columns[1],
-        EVEN_K=channels % tiles.block_k == 0, POOL_EVEN_K=channels % pool_k == 0, ALIGNED=aligned,
+        EVEN_K=channels % tiles.block_k == 0, POOL_EVEN_K=channels % pool_k == 0,
+        ALIGNED=aligned and channels * dtype.itemsize % 16 == 0,
         AMD=gpu.is_amd, PTX=gpu.runs_ptx, MAX_ASM=target.max_asm(gpu, dtype, with_codes=save), PRECISION=precision,
         SAVE=save, RELU=relu, INTERLEAVED=tiles.interleaved,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,

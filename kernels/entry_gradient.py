@@ -127,7 +127,7 @@ def entry_gradient(grad: Tensor, weights: Sequence[Tensor], out: Tensor, *, tile
 
     All of one dtype. Checked by the caller.
     """
-    aligned = out.shape[1] * out.itemsize % 16 == 0 and all(w.data_ptr() % 16 == 0 for w in weights)
+    aligned = not any(w.data_ptr() % 16 for w in weights)
     gpu = target.gpu(out.device)
     launch = _entry_launch(
         out.shape, tuple([w.shape[0] for w in weights]), is_channels_last(out), aligned, out.dtype,
@@ -155,7 +155,8 @@ def _entry_launch(
     sizes = (rows, channels, columns, height * width, *out_strides(shape, channels_last))
     return configs.launch(
         programs, sizes,
-        WIDTHS=widths, STRIDE=columns, EVEN_COLUMNS=columns % tiles.block_k == 0, ALIGNED=aligned,
+        WIDTHS=widths, STRIDE=columns, EVEN_COLUMNS=columns % tiles.block_k == 0,
+        ALIGNED=aligned and channels * dtype.itemsize % 16 == 0,
         PRECISION=precision, AMD=gpu.is_amd,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, **tiles.options(gpu),
     )  # fmt: skip

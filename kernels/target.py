@@ -79,9 +79,10 @@ class Gpu(NamedTuple):
 
 def input_precision(dtype: torch.dtype, gpu: Gpu) -> str:
     """Return ``tl.dot``'s input precision: of float32 what PyTorch's switch for convolutions says, if the chip can."""
+    if dtype is not torch.float32 or not gpu.runs_tf32:
+        return "ieee"
     # Where this switch is "none", it reads as the next wider one.
-    allowed = dtype is torch.float32 and gpu.runs_tf32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 @functools.cache

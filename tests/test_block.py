@@ -217,9 +217,9 @@ def test_the_backward_stays_inside_its_tensors(monkeypatch, batch, format):
               for p in params]  # fmt: skip
     with monkeypatch.context() as patched:
         patched.setattr(torch, "empty", frames.empty)
-        saved = launches.empty_saved(own_x, params, save=True)
+        saved = launches.empty_saved(own_x, params)
         out = frames.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=channels_last)
-        launches.forward(own_x, params, out, saved, save=True)
+        launches.forward(own_x, params, out, saved)
         launches.backward(frames.put(upstream, format), own_x, params, saved, grads)
     frames.assert_untouched()
     for own, theirs in zip((out, *grads), (y, *expected), strict=True):
