@@ -41,6 +41,7 @@ try:
     )
     from bench.record import conditions, write_json
     from bench.report import BASE, FLOOR, Display, Row, cross_precision, plot, with_ratios
+    from fastinception import backends
     from fastinception.googlenet import GoogLeNet, xavier_uniform_
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing}: install what the benchmarks need with pip install -e '.[bench]'")
@@ -268,7 +269,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument
     add("--mode", choices=("inference", "training", "both"), default="both")
-    add("--dtype", choices=tuple(DTYPES), nargs="+", default=["fp32", "bf16"], help="default: fp32 bf16")
+    add("--dtype", choices=tuple(DTYPES), nargs="+", help="default: fp32, and bf16 but for a CPU that emulates it")
     add("--batch-size", type=positive, help="default: 64, with --quick 32")
     add("--image-size", type=positive, default=96, help="pixels per side (default: 96)")
     add("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda if there is one (default)")
@@ -278,7 +279,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write conditions and rows")
     add("--plot", type=Path, metavar="FILE.png", help="draw the rows")
     args = parser.parse_args(argv)
-    args.dtype = list(dict.fromkeys(args.dtype))
     args.batch_size = args.batch_size or (32 if args.quick else 64)
     if args.synthetic and args.data_root:
         parser.error("--synthetic and --data-root exclude each other")
@@ -298,7 +298,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--device must be cpu, cuda, cuda:N or auto, got {name!r}")
     if args.device.type == "cuda" and (args.device.index or 0) >= torch.cuda.device_count():
         parser.error(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    usual = ["fp32", "bf16"]
+    # There the plain network takes ten times as long as in fp32, and no one should wait for that unasked.
+    args.left_out = [] if args.dtype else _emulated(usual, args.device)
+    args.dtype = list(dict.fromkeys(args.dtype or [dtype for dtype in usual if dtype not in args.left_out]))
     return args
+
+
+def _emulated(dtypes: list[str], device: torch.device) -> list[str]:
+    return [dtype for dtype in dtypes if backends.emulated(DTYPES[dtype], device)]
 
 
 def run(args: argparse.Namespace, batch: Batch, display: Display) -> tuple[list[Row], list[str]]:
@@ -312,8 +320,13 @@ def run(args: argparse.Namespace, batch: Batch, display: Display) -> tuple[list[
             comparison.note(f"no compiled rows: torch.compile does not work here: {failure}")
         if args.quick:
             comparison.note("--quick: fewer rounds; no max-autotune; no compiled training on a CPU")
-        if args.device.type == "cpu" and "fp16" in args.dtype:
-            comparison.note("fp16 on a CPU without AVX-512 FP16 is emulated and slow")
+        for dtype in _emulated(args.dtype, args.device):
+            comparison.note(
+                f"this CPU has no {dtype} products: PyTorch emulates them, FastInception and the convolutions alone "
+                "compute in fp32"
+            )
+        for dtype in args.left_out:
+            comparison.note(f"no {dtype} rows: PyTorch emulates it on this CPU, slowly; --dtype {dtype} measures it")
         for mode in modes(args):
             for dtype in args.dtype:
                 rows += comparison.group(mode, dtype)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.harness import DTYPES
+from fastinception import backends
 
 
 class Convolutions:
@@ -22,20 +23,21 @@ class Convolutions:
         net: the network whose convolutions are listed, in the order of one forward pass.
         images: fp32 ``[N, C, H, W]`` on the device to measure.
         mode: ``"inference"`` or ``"training"``.
-        dtype: a key of ``DTYPES``.
+        dtype: a key of ``DTYPES``; computed in fp32 where a CPU emulates it.
     """
 
     def __init__(self, net: nn.Module, images: Tensor, *, mode: str, dtype: str) -> None:
         self.net, self.training = net.to(images.device), mode == "training"
+        computed = torch.float32 if backends.emulated(DTYPES[dtype], images.device) else DTYPES[dtype]
         self.calls: list[tuple[nn.Conv2d, Tensor, Tensor, Tensor, Tensor]] = []
 
         def prepare(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(DTYPES[dtype]).contiguous(memory_format=torch.channels_last)
+            return tensor.detach().to(computed).contiguous(memory_format=torch.channels_last)
 
         def record(conv: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             assert isinstance(conv, nn.Conv2d)
             assert conv.bias is not None
-            bias = conv.bias.detach().to(DTYPES[dtype])
+            bias = conv.bias.detach().to(computed)
             # A ReLU behind a convolution blocks about half of the gradient; its values change no time.
             self.calls.append((conv, prepare(inputs[0]), prepare(conv.weight), bias, prepare(torch.randn_like(output))))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,21 @@ from fastinception.kernels import target
 
 BACKENDS = ("auto", "triton", "aten")
 _MOST_PIXELS = 2**31 - 2**12  # in int32, up to the end of the last tile
+
+
+def _emulated() -> frozenset[torch.dtype]:
+    """Return the dtypes whose products this CPU lacks: PyTorch's own loops then take many times as long as float32."""
+    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+        return frozenset()  # nothing measured there
+    has_products = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return frozenset(dtype for dtype, supported in has_products.items() if not supported)
+
+
+# Asked once, on import: torch.compile cannot trace the question.
+_EMULATED = _emulated()
 
 
 class Path(NamedTuple):
@@ -62,7 +78,14 @@ def select(backend: str, x: Tensor, params: Sequence[Tensor]) -> Path:
         reason = "x is not on a GPU that runs Triton"
     if reason is None:
         return Path("triton", "x is on a GPU that runs Triton")
+    if emulated(x.dtype, x.device):
+        reason += f"; in float32, as this CPU emulates {x.dtype}"
     return Path("aten", reason)
+
+
+def emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell whether ATen computes the block in float32, because the device is a CPU without products of ``dtype``."""
+    return dtype in _EMULATED and device.type == "cpu"
 
 
 def _special(x: Tensor, params: Sequence[Tensor]) -> str | None:

@@ -60,6 +60,13 @@ def inception(
         if path.name == "triton" and not torch.compiler.is_compiling() and not out.is_inference():
             torch.autograd.graph.increment_version(out)  # a kernel writes behind autograd's back
         return out
+    if path.name == "aten" and backends.emulated(x.dtype, x.device):
+        with torch.autocast("cpu", enabled=False):  # it would narrow the convolutions' operands again
+            return _compute(path, x.float(), [p.float() for p in params], needs_grad, relu).to(x.dtype)
+    return _compute(path, x, params, needs_grad, relu)
+
+
+def _compute(path: Path, x: Tensor, params: Sequence[Tensor], needs_grad: bool, relu: bool) -> Tensor:
     if path.name == "plain":
         return aten.compose(x, params, relu)
     if path.name == "aten" and not needs_grad and torch.compiler.is_compiling():
@@ -76,7 +83,7 @@ def prepare(x: Tensor, params: Sequence[Tensor], backend: str) -> tuple[Path, Te
     check_images(x)
     if len(params) != 12:
         raise ValueError(f"params must be the 12 weights and biases of the block, got {len(params)}")
-    x, params = _autocast(x, params)
+    x, params = autocast(x, params)
     _check_input(x, params)
     return backends.select(backend, x, params), x, params
 
@@ -99,7 +106,7 @@ def copy_into(out: Tensor, y: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     return out.copy_(y)
 
 
-def _autocast(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+def autocast(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
     """Return ``x`` and ``params`` in the dtype that autocast asks of a convolution, or as they are without it."""
     device = x.device.type
     # is_autocast_enabled raises for meta, and Dynamo cannot trace is_autocast_available on the oldest PyTorch.

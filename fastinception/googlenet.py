@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fastinception.conv import Conv2d
 from fastinception.module import FastInception
 from fastinception.pool import MaxPool2d
 from fastinception.reference import Inception
@@ -45,7 +46,8 @@ class GoogLeNet(nn.Sequential):
     No dropout, no auxiliary heads, no batch normalisation.
 
     Around ``FastInception`` the stem's ReLUs work in place and come after the max pools: the same numbers and
-    gradients, as a maximum and a ReLU commute, from a quarter of the elements.
+    gradients, as a maximum and a ReLU commute, from a quarter of the elements. Its pools and convolutions are
+    :class:`fastinception.MaxPool2d` and :class:`fastinception.Conv2d`.
 
     Args:
         block: called as ``block(in_channels, c1, c2, c3, c4)`` for each of the nine blocks: ``Inception``
@@ -75,6 +77,7 @@ class GoogLeNet(nn.Sequential):
 
         third = stage("3a", "3b")
         fast = isinstance(third[0], FastInception)
+        conv = Conv2d if fast else nn.Conv2d
 
         def pool() -> nn.Module:
             return (MaxPool2d if fast else nn.MaxPool2d)(kernel_size=3, stride=2, padding=1)
@@ -86,11 +89,11 @@ class GoogLeNet(nn.Sequential):
             return [pool(), relu()] if fast else [relu(), pool()]
 
         super().__init__(
-            nn.Sequential(nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3), *relu_pool()),
+            nn.Sequential(conv(in_channels, 64, kernel_size=7, stride=2, padding=3), *relu_pool()),
             nn.Sequential(
-                nn.Conv2d(64, 64, kernel_size=1),
+                conv(64, 64, kernel_size=1),
                 relu(),
-                nn.Conv2d(64, 192, kernel_size=3, padding=1),
+                conv(64, 192, kernel_size=3, padding=1),
                 *relu_pool(),
             ),
             nn.Sequential(*third, pool()),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastinception import aten
+from fastinception import aten, backends
 
 _NAMES = ("p1_1", "p2_1", "p2_2", "p3_1", "p3_2", "p4_2")
 _PARAMS = ", ".join(f"Tensor {name}_weight, Tensor {name}_bias" for name in _NAMES)
@@ -150,8 +150,14 @@ def _inception_out(x: Tensor, *args: Any) -> None:
         raise ValueError("only Triton's forward comes without ReLU")
     if backend == "triton":
         _launches().forward(x, params, out, relu=relu)
-    else:
+    elif not backends.emulated(x.dtype, x.device):
         aten.forward(x, params, out)
+    else:
+        wide, *params = [t.float() for t in (x, *params)]
+        result = torch.empty_like(out, dtype=wide.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # it would narrow the convolutions' operands again
+            aten.forward(wide, params, result)
+        out.copy_(result)
 
 
 def check_overlap(out: Tensor, inputs: Sequence[Tensor]) -> None:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastinception import checkpoint
+from fastinception import backends, checkpoint
 from fastinception.data import FashionMNIST, fashion_mnist
 from fastinception.googlenet import GoogLeNet, xavier_uniform_
 from fastinception.module import FastInception
@@ -505,6 +505,8 @@ def _train(args: argparse.Namespace, world: World) -> int:
             f"{world.size} x {world.device.type}; {len(train.labels)} images from {train.source}; "
             f"from epoch {run.epoch + 1}, step {run.step} of {run.steps}"
         )
+        if (dtype := AMP[config["amp"]]) is not None and backends.emulated(dtype, world.device):
+            display.say(f"this CPU has no {config['amp']} products, so that --amp off is faster")
         try:
             run.run(args.checkpoint_steps, display)
         except Stopped as stopped:

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import agreement, compare, floor, harness, memory, record, report
-from fastinception import FastInception, GoogLeNet
+from fastinception import FastInception, GoogLeNet, backends
 from fastinception.reference import Inception
 
 SCRIPT = Path(compare.__file__)
@@ -270,11 +271,14 @@ def test_the_floor_is_every_convolution_and_nothing_else(mode: str, per_convolut
     assert ran & others == set()
 
 
-def test_the_floor_runs_in_the_dtype_and_layout_of_the_rows() -> None:
+@pytest.mark.parametrize("emulated", [False, True])
+def test_the_floor_runs_in_the_dtype_and_layout_of_the_rows(emulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 where the CPU has no products of the dtype, as FastInception does."""
+    monkeypatch.setattr(backends, "_EMULATED", frozenset({torch.bfloat16} if emulated else ()))
     convolutions = floor.Convolutions(GoogLeNet(), torch.rand(2, 1, 32, 32), mode="training", dtype="bf16")
     assert len(convolutions.calls) == 3 + 9 * 6
     for _, x, weight, bias, grad in convolutions.calls:
-        assert {t.dtype for t in (x, weight, bias, grad)} == {torch.bfloat16}
+        assert {t.dtype for t in (x, weight, bias, grad)} == {torch.float32 if emulated else torch.bfloat16}
         assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight, grad))
 
 
@@ -439,6 +443,21 @@ def test_a_cuda_graph_computes_what_eager_computes(mode: str, dtype: str) -> Non
         graph()
         eager()
     torch.testing.assert_close(dict(twin.named_parameters()), dict(net.named_parameters()))
+
+
+def test_a_cpu_that_emulates_bf16_measures_it_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for emulated, usual in (((), ["fp32", "bf16"]), ((torch.bfloat16, torch.float16), ["fp32"])):
+        monkeypatch.setattr(backends, "_EMULATED", frozenset(emulated))
+        assert compare.parse(["--device", "cpu"]).dtype == usual
+        assert compare.parse(["--device", "cpu", "--dtype", "bf16", "fp32", "bf16"]).dtype == ["bf16", "fp32"]
+    notes = []
+    monkeypatch.setattr(compare, "Comparison", lambda *args: mock.Mock(note=notes.append, group=lambda *_: []))
+    for options in ([], ["--dtype", "bf16"], ["--dtype", "fp32"]):
+        notes.append(options)
+        compare.run(compare.parse(["--device", "cpu", *options]), mock.Mock(), mock.MagicMock())
+    assert len(notes) == 5
+    assert "no bf16 rows" in notes[1]
+    assert "no bf16 products" in notes[3]
 
 
 def test_a_gpu_run_has_every_compile_mode_and_cuda_graph_of_both() -> None:

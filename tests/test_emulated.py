@@ -1,0 +1,162 @@
+"""Half precisions that the CPU has no products of: computed in float32, rounded once, and never slower than that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastinception import Conv2d, FastInception, GoogLeNet, Inception, backends, explain
+from fastinception.functional import inception
+from fastinception.module import _params
+
+HALVES = (torch.bfloat16, torch.float16)
+ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+@pytest.fixture(autouse=True)
+def emulating(monkeypatch):
+    """As on a CPU that has products of neither, whatever this one has."""
+    torch.compiler.reset()
+    monkeypatch.setattr(backends, "_EMULATED", frozenset(HALVES))
+
+
+def half_block(dtype: torch.dtype) -> tuple[Inception, FastInception, Tensor]:
+    """Return a block whose parameters are in ``dtype``, in float64 and as it is, and an input for both."""
+    torch.manual_seed(0)
+    exact = Inception(24, 8, (8, 16), (4, 8), 8).to(dtype).double()
+    fast = FastInception(24, 8, (8, 16), (4, 8), 8, backend="aten").to(dtype)
+    fast.load_state_dict(exact.state_dict())
+    return exact, fast, torch.randn(2, 24, 7, 6).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def convolved(run: Callable[[], Any]) -> set[torch.dtype]:
+    """Return the dtypes of what the convolutions of ``run`` compute."""
+    dtypes = set()
+    conv2d = F.conv2d
+
+    def watch(*args: Any, **kwargs: Any) -> Tensor:
+        y = conv2d(*args, **kwargs)
+        dtypes.add(y.dtype)
+        return y
+
+    with mock.patch.object(F, "conv2d", watch):
+        run()
+    return dtypes
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_inference_rounds_once(dtype):
+    exact, fast, x = half_block(dtype)
+    with torch.no_grad():
+        expected = exact(x.double())
+        y = fast(x)
+        out = fast(x, out=torch.empty_like(y))
+    assert y.dtype is dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, out)
+    # One rounding; what is left is float32's.
+    assert ((y.double() - expected).abs() <= (1.01 * ROUNDOFF[dtype]) * expected.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_round_once(dtype, compiled):
+    exact, fast, x = half_block(dtype)
+    x.requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    grad = torch.randn(exact(wide).shape).to(dtype)
+    run = torch.compile(fast, fullgraph=True, backend="aot_eager") if compiled else fast
+    found = torch.autograd.grad(run(x), [x, *fast.parameters()], grad)
+    expected = torch.autograd.grad(exact(wide), [wide, *exact.parameters()], grad.double())
+    for own, theirs in zip(found, expected, strict=True):
+        assert own.dtype is dtype
+        assert (own.double() - theirs).norm() <= ROUNDOFF[dtype] * theirs.norm()
+
+
+def test_nothing_is_computed_in_the_emulated_dtype():
+    """In inference, training, autocast and into a buffer; x's dtype would take many times as long."""
+    _, fast, x = half_block(torch.bfloat16)
+    buffer = torch.empty_like(fast(x)).detach()
+    net = GoogLeNet(block=FastInception)
+    images = torch.rand(1, 1, 32, 32)
+
+    def autocast_step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(images)
+        y.float().sum().backward()
+
+    with torch.no_grad():
+        assert convolved(lambda: fast(x)) == {torch.float32}
+        assert convolved(lambda: fast(x, out=buffer)) == {torch.float32}
+    assert convolved(lambda: fast(x).sum().backward()) == {torch.float32}
+    assert convolved(autocast_step) == {torch.float32}
+    assert convolved(lambda: Inception(24, 8, (8, 16), (4, 8), 8).to(x.dtype)(x)) == {torch.bfloat16}
+
+
+def test_autocast_gives_its_dtype():
+    with torch.autocast("cpu", torch.bfloat16):
+        y = FastInception(24, 8, (8, 16), (4, 8), 8)(torch.randn(2, 24, 7, 6))
+        z = Conv2d(3, 4, 3)(torch.randn(2, 3, 7, 6))
+    assert y.dtype is z.dtype is torch.bfloat16
+    y.float().sum().backward()
+
+
+def test_into_a_buffer_keeps_its_checks():
+    _, fast, x = half_block(torch.bfloat16)
+    with torch.no_grad():
+        y = fast(x)
+        with pytest.raises(TypeError, match=r"out must be of dtype torch\.bfloat16, got torch\.float32"):
+            fast(x, out=y.float())
+        square = FastInception(16, 4, (4, 4), (4, 4), 4).bfloat16()
+        x = torch.randn(2, 16, 4, 4).bfloat16()
+        with pytest.raises(ValueError, match="share memory"):
+            square(x, out=x)
+
+
+def test_explain_says_so():
+    _, fast, x = half_block(torch.bfloat16)
+    assert str(explain(fast, x)).endswith("in float32, as this CPU emulates torch.bfloat16")
+    assert "float32" not in str(explain(fast.float(), x.float()))
+
+
+def test_other_paths_are_left_alone(monkeypatch):
+    """Float32, another activation, an exported program; and with products of its own, the dtype itself."""
+    _, fast, x = half_block(torch.bfloat16)
+    params = [p.detach() for p in _params(fast)]
+    assert inception(x, params, activation="none").dtype is x.dtype
+    exported = torch.export.export(Conv2d(24, 4, 1).bfloat16(), (x,))
+    assert not any("_to_copy" in str(node.target) for node in exported.graph.nodes)
+    monkeypatch.setattr(backends, "_EMULATED", frozenset())
+    with torch.no_grad():
+        assert convolved(lambda: fast(x)) == {torch.bfloat16}
+        assert convolved(lambda: Conv2d(24, 4, 1).bfloat16()(x)) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_conv_is_torchs(dtype, bias):
+    torch.manual_seed(0)
+    own = Conv2d(5, 4, 3, stride=2, padding=1, padding_mode="reflect", groups=1, bias=bias).to(dtype)
+    wide = nn.Conv2d(5, 4, 3, stride=2, padding=1, padding_mode="reflect", bias=bias).double()
+    wide.load_state_dict(own.state_dict())
+    x = torch.randn(2, 5, 8, 9).to(dtype)
+    y, expected = own(x), wide(x.double())
+    assert y.dtype is dtype
+    assert ((y.double() - expected).abs() <= (1.01 * ROUNDOFF[dtype]) * expected.abs() + 1e-6).all()
+    with pytest.raises(RuntimeError):  # as torch.nn.Conv2d: the dtypes differ, and nothing is cast in silence
+        own(x.float())
+
+
+def test_this_cpu_is_asked_once_for_what_it_has():
+    """What PyTorch's own convolutions decide by."""
+    asked = backends._emulated()
+    if torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability():
+        assert (torch.bfloat16 in asked) is not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert (torch.float16 in asked) is not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    assert asked <= set(HALVES)
