@@ -32,7 +32,8 @@ class Convolutions:
         self.calls: list[tuple[nn.Conv2d, Tensor, Tensor, Tensor, Tensor]] = []
 
         def prepare(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(computed).contiguous(memory_format=torch.channels_last)
+            # Not contiguous(), which leaves one channel's strides as they are: they read as NCHW.
+            return tensor.detach().to(computed).to(memory_format=torch.channels_last)
 
         def record(conv: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             assert isinstance(conv, nn.Conv2d)

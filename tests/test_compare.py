@@ -279,7 +279,7 @@ def test_the_floor_runs_in_the_dtype_and_layout_of_the_rows(emulated: bool, monk
     assert len(convolutions.calls) == 3 + 9 * 6
     for _, x, weight, bias, grad in convolutions.calls:
         assert {t.dtype for t in (x, weight, bias, grad)} == {torch.float32 if emulated else torch.bfloat16}
-        assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight, grad))
+        assert all(t.stride(1) == 1 for t in (x, weight, grad))  # also where one channel leaves the layout open
 
 
 def test_saved_bytes_are_what_autograd_keeps_less_the_parameters() -> None:
