@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from fastinception import backends
-from fastinception.functional import autocast
 
 
 class Conv2d(nn.Conv2d):
@@ -24,9 +23,13 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        x, (weight, *bias) = autocast(input, [self.weight] if self.bias is None else [self.weight, self.bias])
-        if not backends.emulated(x.dtype, x.device) or weight.dtype is not x.dtype or torch.compiler._is_exporting_flag:
+        casts = input.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if casts else input.dtype
+        operands = [input, self.weight] if self.bias is None else [input, self.weight, self.bias]
+        fitting = all(t.dtype is dtype or (casts and t.dtype is torch.float32) for t in operands)
+        if not fitting or not backends.emulated(dtype, input.device) or torch.compiler._is_exporting_flag:
             return super().forward(input)
         with torch.autocast("cpu", enabled=False):  # it would narrow the operands again
-            y: Tensor = self._conv_forward(x.float(), weight.float(), bias[0].float() if bias else None)
-        return y.to(x.dtype)
+            x, weight, *bias = [t.float() for t in operands]
+            y: Tensor = self._conv_forward(x, weight, bias[0] if bias else None)
+        return y.to(dtype)

@@ -83,7 +83,7 @@ def prepare(x: Tensor, params: Sequence[Tensor], backend: str) -> tuple[Path, Te
     check_images(x)
     if len(params) != 12:
         raise ValueError(f"params must be the 12 weights and biases of the block, got {len(params)}")
-    x, params = autocast(x, params)
+    x, params = _autocast(x, params)
     _check_input(x, params)
     return backends.select(backend, x, params), x, params
 
@@ -106,7 +106,7 @@ def copy_into(out: Tensor, y: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     return out.copy_(y)
 
 
-def autocast(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+def _autocast(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
     """Return ``x`` and ``params`` in the dtype that autocast asks of a convolution, or as they are without it."""
     device = x.device.type
     # is_autocast_enabled raises for meta, and Dynamo cannot trace is_autocast_available on the oldest PyTorch.

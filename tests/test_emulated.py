@@ -140,6 +140,22 @@ def test_other_paths_are_left_alone(monkeypatch):
         assert convolved(lambda: Conv2d(24, 4, 1).bfloat16()(x)) == {torch.bfloat16}
 
 
+def test_conv_casts_nothing_where_nothing_is_emulated(monkeypatch):
+    """Autocast does it inside the convolution, and remembers the weight's."""
+    monkeypatch.setattr(backends, "_EMULATED", frozenset())
+    conv, x = Conv2d(3, 4, 3), torch.randn(2, 3, 7, 6)
+    monkeypatch.setattr(Tensor, "to", None)
+    monkeypatch.setattr(Tensor, "float", None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(x).dtype is torch.bfloat16
+
+
+def test_conv_leaves_float64_alone():
+    """As autocast does."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Conv2d(3, 4, 3).double()(torch.randn(2, 3, 7, 6).double()).dtype is torch.float64
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_conv_is_torchs(dtype, bias):
