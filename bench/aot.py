@@ -119,9 +119,9 @@ def launch_block(x: Tensor, params: list[Tensor], save: bool, chip: str) -> None
     """Launch a block's kernels as on ``chip``: with ``save`` a training step's, else the forward's two alone."""
     # What the launcher would read off a device.
     with mock.patch.object(target, "gpu", return_value=target.Gpu(chip, chip)):
-        out, saved = ops.empty_output(x, params), block.empty_saved(x, params) if save else None
+        out, saved = ops.empty_output(x, params), block.empty_saved(x, params, save)
         block.forward(x, params, out, saved)
-        if saved is not None:
+        if save:
             block.backward(torch.empty_like(out), x, params, saved, [torch.empty_like(t) for t in (x, *params)])
 
 

@@ -299,7 +299,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.device.type == "cuda" and (args.device.index or 0) >= torch.cuda.device_count():
         parser.error(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices")
     usual = ["fp32", "bf16"]
-    # There the plain network takes ten times as long as in fp32, and no one should wait for that unasked.
+    # There the plain network takes many times as long as in fp32, and no one should wait for that unasked.
     args.left_out = [] if args.dtype else _emulated(usual, args.device)
     args.dtype = list(dict.fromkeys(args.dtype or [dtype for dtype in usual if dtype not in args.left_out]))
     return args

@@ -73,9 +73,8 @@ def _empty_aten_outputs(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ..
 
 def _empty_triton_outputs(x: Tensor, params: Sequence[Tensor], save: bool) -> tuple[Tensor, ...]:
     """Allocate what ``triton_forward`` returns, see :class:`fastinception.kernels.block.Saved`."""
-    if not save:
-        return empty_output(x, params), *[_nothing(x) for _ in range(5)]
-    return empty_output(x, params), *_launches().empty_saved(x, params)
+    saved = _launches().empty_saved(x, params, save)
+    return empty_output(x, params), *_without_none(saved, like=x)
 
 
 torch.library.define(
@@ -102,10 +101,10 @@ def _triton_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     params, save, relu = args[:12], args[12], args[13] if len(args) > 13 else True
     if save and not relu:
         raise ValueError("only the block with its ReLUs has a backward: save=False was expected with relu=False")
-    out, *saved = _empty_triton_outputs(x, params, save)
-    block = _launches()
-    block.forward(x, params, out, block.Saved(*saved) if save else None, relu=relu)
-    return out, *saved
+    block, out = _launches(), empty_output(x, params)
+    saved = block.empty_saved(x, params, save)
+    block.forward(x, params, out, saved, relu=relu)
+    return out, *_without_none(saved, like=x)
 
 
 def _channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -149,7 +148,8 @@ def _inception_out(x: Tensor, *args: Any) -> None:
     if backend == "aten" and not relu:
         raise ValueError("only Triton's forward comes without ReLU")
     if backend == "triton":
-        _launches().forward(x, params, out, relu=relu)
+        block = _launches()
+        block.forward(x, params, out, block.empty_saved(x, params, save=False), relu=relu)
     elif not backends.emulated(x.dtype, x.device):
         aten.forward(x, params, out)
     else:
@@ -210,9 +210,9 @@ def _finish(grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Te
     return results
 
 
-def _without_none(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """Return what an operator may: an empty tensor for each gradient that is not needed."""
-    return tuple([_nothing(like) if grad is None else grad for grad in grads])
+def _without_none(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """Return what an operator may: an empty tensor for each that is not needed."""
+    return tuple([_nothing(like) if result is None else result for result in results])
 
 
 def _aten_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | None]:
@@ -391,8 +391,8 @@ def run(backend: str, x: Tensor, params: Sequence[Tensor], needs_grad: bool, rel
         if needs_grad:
             return cast(Tensor, _Inception.apply(backend, x, *params))
         if backend == "triton":
-            out = empty_output(x, params)
-            _launches().forward(x, params, out, relu=relu)
+            block, out = _launches(), empty_output(x, params)
+            block.forward(x, params, out, block.empty_saved(x, params, save=False), relu=relu)
             return out
     flags = (needs_grad, relu) if backend == "triton" else ()
     out, *_ = getattr(torch.ops.fastinception, f"{backend}_forward")(x, *params, *flags)

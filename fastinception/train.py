@@ -506,7 +506,7 @@ def _train(args: argparse.Namespace, world: World) -> int:
             f"from epoch {run.epoch + 1}, step {run.step} of {run.steps}"
         )
         if (dtype := AMP[config["amp"]]) is not None and backends.emulated(dtype, world.device):
-            display.say(f"this CPU has no {config['amp']} products, so that --amp off is faster")
+            display.say(f"this CPU has no {config['amp']} products: fast blocks compute in fp32, plain ones slowly")
         try:
             run.run(args.checkpoint_steps, display)
         except Stopped as stopped:

@@ -30,9 +30,9 @@ class Saved(NamedTuple):
 
     r2: Tensor
     r3: Tensor
-    mask: Tensor
-    pooled: Tensor
-    codes: Tensor
+    mask: Tensor | None
+    pooled: Tensor | None
+    codes: Tensor | None
 
 
 def widths(params: Sequence[Tensor]) -> tuple[int, int, int, int]:
@@ -48,20 +48,17 @@ def mask_columns(widths: Sequence[int]) -> list[int]:
     return columns
 
 
-def _empty_reductions(x: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    """Allocate r2 and r3, see :class:`Saved`."""
-    n, _, height, width = x.shape
-    shapes = [(n, weight.shape[0], height, width) for weight in (params[2], params[6])]
-    dtype, device = x.dtype, x.device
-    return [torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last) for shape in shapes]
-
-
-def empty_saved(x: Tensor, params: Sequence[Tensor]) -> Saved:
-    """Allocate what the forward keeps for the backward."""
+def empty_saved(x: Tensor, params: Sequence[Tensor], save: bool) -> Saved:
+    """Allocate what the forward writes beside the output; without ``save``, r2 and r3 only."""
     n, channels, height, width = x.shape
     rows, dtype, device = n * height * width, x.dtype, x.device
+    shapes = [(n, weight.shape[0], height, width) for weight in (params[2], params[6])]
+    r2, r3 = [torch.empty(size, dtype=dtype, device=device, memory_format=torch.channels_last) for size in shapes]
+    if not save:
+        return Saved(r2, r3, None, None, None)
     return Saved(
-        *_empty_reductions(x, params),
+        r2,
+        r3,
         torch.empty((rows, mask_columns(widths(params))[-1]), dtype=torch.uint8, device=device),
         torch.empty((rows, channels), dtype=dtype, device=device),
         torch.empty((rows, channels), dtype=torch.uint8, device=device),
@@ -79,11 +76,10 @@ def _dense(p: Tensor) -> Tensor:
     return p.contiguous(memory_format=torch.channels_last) if spatial_weight else p.contiguous()
 
 
-def forward(x: Tensor, params: Sequence[Tensor], out: Tensor, saved: Saved | None = None, *, relu: bool = True) -> None:
-    """Write the block of ``x`` to ``out``, ``[N, c1 + c2[1] + c3[1] + c4, H, W]``.
+def forward(x: Tensor, params: Sequence[Tensor], out: Tensor, saved: Saved, *, relu: bool = True) -> None:
+    """Write the block of ``x`` to ``out``, ``[N, c1 + c2[1] + c3[1] + c4, H, W]``, and what is ``saved``.
 
-    ``saved`` gets what the backward needs; None keeps nothing. Without ``relu`` there is none behind any convolution,
-    and no backward for it.
+    Without ``relu`` there is none behind any convolution, and no backward for it.
     """
     if x.numel() == 0:
         return
@@ -91,16 +87,16 @@ def forward(x: Tensor, params: Sequence[Tensor], out: Tensor, saved: Saved | Non
     c1, c2, c3, _ = branches = widths(params)
     _, mask2, mask3, mask4, _ = mask_columns(branches)
     x = x.contiguous(memory_format=torch.channels_last)
-    r2, r3 = _empty_reductions(x, params) if saved is None else saved[:2]
+    r2, r3, *kept = saved
     entry(
         x, (w1, w21, w31), (b1, b21, b31), w42, b42, out, c1 + c2 + c3, (r2, r3),
-        None if saved is None else saved[2:], mask4, relu=relu,
+        None if saved.mask is None else tuple(kept), mask4, relu=relu,
     )  # fmt: skip
     level = [
         Conv(r2, w22, b22, column=c1, mask_column=mask2, padding=(1, 1)),
         Conv(r3, w32, b32, column=c1 + c2, mask_column=mask3, padding=(2, 2)),
     ]
-    spatial(level, out, None if saved is None else saved.mask, relu=relu)
+    spatial(level, out, saved.mask, relu=relu)
 
 
 # The branches with a spatial convolution, and where its weight is among x and the twelve parameters.

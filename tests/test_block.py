@@ -217,7 +217,7 @@ def test_the_backward_stays_inside_its_tensors(monkeypatch, batch, format):
               for p in params]  # fmt: skip
     with monkeypatch.context() as patched:
         patched.setattr(torch, "empty", frames.empty)
-        saved = launches.empty_saved(own_x, params)
+        saved = launches.empty_saved(own_x, params, save=True)
         out = frames.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=channels_last)
         launches.forward(own_x, params, out, saved)
         launches.backward(frames.put(upstream, format), own_x, params, saved, grads)

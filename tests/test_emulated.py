@@ -1,4 +1,4 @@
-"""Half precisions that the CPU has no products of: computed in float32, rounded once, and never slower than that."""
+"""Half precisions that the CPU has no products of: computed in float32 and rounded once."""
 
 from __future__ import annotations
 

@@ -404,6 +404,14 @@ def test_fp16_resumes_its_scaler(command, tmp_path, monkeypatch):
     assert (scaler["scale"], scaler["_growth_tracker"]) == (16.0, 1)
 
 
+def test_amp_on_a_cpu_that_emulates_it_is_said(command, tmp_path, monkeypatch, capsys):
+    for emulated in (False, True):
+        monkeypatch.setattr(train.backends, "_EMULATED", frozenset({torch.bfloat16} if emulated else ()))
+        options = ["--amp", "bf16", "--batch-size", "5", "--limit", "5"]
+        assert command(tmp_path / str(emulated), *options, epochs=1) == 0
+        assert ("has no bf16 products" in " ".join(capsys.readouterr().out.split())) is emulated
+
+
 # What stops a run
 
 
