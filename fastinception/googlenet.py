@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastinception.conv import Conv2d
-from fastinception.module import FastInception
+from fastinception.module import FastInception, hooked_globally, wrapped
 from fastinception.pool import MaxPool2d
 from fastinception.reference import Inception
 
@@ -38,6 +39,35 @@ WIDTHS = {
 }
 
 
+# Bytes. glibc's malloc keeps smaller pieces for their next owner. The pages of larger ones come from the system each
+# time, and to fault them in takes about as long as the convolution that fills them.
+_KEPT = 2**25
+
+
+class _FirstStage(nn.Sequential):
+    """Convolve, pool and activate the images; in inference on a CPU in parts whose largest result malloc keeps."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        run: Callable[[Tensor], Tensor] = super().forward
+        parts = self._parts(input)
+        return run(input) if parts == 1 else torch.cat([run(part) for part in input.chunk(parts)])
+
+    def _parts(self, input: Tensor) -> int:
+        if torch.is_grad_enabled() or torch.compiler._is_exporting_flag:
+            return 1
+        if input.device.type != "cpu" or input.dim() != 4:
+            return 1
+        own = [type(child) for child in self] == [Conv2d, MaxPool2d, nn.ReLU]
+        if not own or any(map(wrapped, self)) or hooked_globally():
+            return 1  # a foreign layer or a hook may want the whole batch
+        conv = cast(Conv2d, self[0])
+        pixels = input.numel() // conv.in_channels // 4  # of the result: both sides are halved
+        parts = 1
+        while pixels * conv.out_channels * input.element_size() > parts * _KEPT:
+            parts *= 2  # not the next number: each needs a graph of its own under torch.compile
+        return parts
+
+
 class GoogLeNet(nn.Sequential):
     """Classify images with the textbook GoogLeNet: stem, nine Inception blocks, one linear layer.
 
@@ -47,7 +77,8 @@ class GoogLeNet(nn.Sequential):
 
     Around ``FastInception`` the stem's ReLUs work in place and come after the max pools: the same numbers and
     gradients, as a maximum and a ReLU commute, from a quarter of the elements. Its pools and convolutions are
-    :class:`fastinception.MaxPool2d` and :class:`fastinception.Conv2d`.
+    :class:`fastinception.MaxPool2d` and :class:`fastinception.Conv2d`, and in inference on a CPU the first stage takes
+    a large batch in parts.
 
     Args:
         block: called as ``block(in_channels, c1, c2, c3, c4)`` for each of the nine blocks: ``Inception``
@@ -88,8 +119,9 @@ class GoogLeNet(nn.Sequential):
         def relu_pool() -> list[nn.Module]:
             return [pool(), relu()] if fast else [relu(), pool()]
 
+        first = _FirstStage if fast else nn.Sequential
         super().__init__(
-            nn.Sequential(conv(in_channels, 64, kernel_size=7, stride=2, padding=3), *relu_pool()),
+            first(conv(in_channels, 64, kernel_size=7, stride=2, padding=3), *relu_pool()),
             nn.Sequential(
                 conv(64, 64, kernel_size=1),
                 relu(),

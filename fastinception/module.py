@@ -17,12 +17,6 @@ _CONVS = {
     name: ((size, size), (size // 2, size // 2), (1, 1), (1, 1), 1, "zeros")
     for name, size in {"p1_1": 1, "p2_1": 1, "p2_2": 3, "p3_1": 1, "p3_2": 5, "p4_2": 1}.items()
 }
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
 
 
 class FastInception(Inception):
@@ -143,9 +137,8 @@ def _params(block: Inception) -> list[Tensor]:
 
 def _edited(block: Inception) -> str | None:
     """Say what makes ``block`` compute something else than its twelve parameters say, or None."""
-    for hooks in _GLOBAL_HOOKS:
-        if getattr(nn_module, hooks):
-            return "a global module hook is registered"
+    if hooked_globally():
+        return "a global module hook is registered"
     children = block._modules
     for name, settings in _CONVS.items():
         conv = children.get(name)
@@ -156,7 +149,7 @@ def _edited(block: Inception) -> str | None:
         own = (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups, conv.padding_mode)
         if own != settings:
             return f"{name} was reconfigured: {_settings(conv, 'padding_mode', 'groups')}"
-        if (reason := _wrapped(conv)) is not None:
+        if (reason := wrapped(conv)) is not None:
             return f"{name} {reason}"
     pool = children.get("p4_1")
     if type(pool) is not nn.MaxPool2d:
@@ -170,7 +163,7 @@ def _edited(block: Inception) -> str | None:
         or pool.ceil_mode
     ):
         return f"p4_1 was reconfigured: {_settings(pool, 'ceil_mode', 'return_indices')}"
-    if (reason := _wrapped(pool)) is not None:
+    if (reason := wrapped(pool)) is not None:
         return f"p4_1 {reason}"
     return None
 
@@ -180,7 +173,18 @@ def _settings(child: nn.Module, *more: str) -> str:
     return ", ".join(f"{k}={getattr(child, k)!r}" for k in ("kernel_size", "stride", "padding", "dilation", *more))
 
 
-def _wrapped(child: nn.Module) -> str | None:
+def hooked_globally() -> bool:
+    """Say whether a hook for all modules is registered."""
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
+
+
+def wrapped(child: nn.Module) -> str | None:
+    """Say what of ``child`` runs beside its class's forward, or None."""
     if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
         return "has hooks"
     if "forward" in child.__dict__ or "_conv_forward" in child.__dict__:
