@@ -17,7 +17,7 @@ import torch
 from fastinception import checkpoint
 
 if TYPE_CHECKING:
-    from fastinception.train import Trainer
+    from fastinception.trainer import Trainer
 
 _HERE = Path(__file__).resolve().parent
 

@@ -22,7 +22,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from fastinception import GoogLeNet, Inception, checkpoint, train
+from fastinception import GoogLeNet, Inception, checkpoint, train, trainer
 from fastinception.data import fashion_mnist
 from fastinception.googlenet import xavier_uniform_
 
@@ -104,7 +104,7 @@ def assert_same_run(folder: Path, finished: Path) -> None:
 
 def at_step(monkeypatch, number: int, act) -> None:
     """Call ``act`` in the ``number``-th training step from now, before its loss is taken."""
-    forward, calls = train.Trainer._forward, [0]
+    forward, calls = trainer.Trainer._forward, [0]
 
     def spy(run, model, x):
         if torch.is_grad_enabled():
@@ -113,7 +113,7 @@ def at_step(monkeypatch, number: int, act) -> None:
                 x = x if (changed := act(x)) is None else changed
         return forward(run, model, x)
 
-    monkeypatch.setattr(train.Trainer, "_forward", spy)
+    monkeypatch.setattr(trainer.Trainer, "_forward", spy)
 
 
 # The recipe
@@ -165,7 +165,7 @@ def assert_moved_alike(got, expected, start) -> None:
 
 
 def test_every_example_once_per_epoch_in_another_order(command, tmp_path, monkeypatch):
-    batch, seen = train._batch, []
+    batch, seen = trainer._batch, []
 
     def spy(split, indices):
         if len(split[1]) == IMAGES:
@@ -185,7 +185,7 @@ def test_every_example_once_per_epoch_in_another_order(command, tmp_path, monkey
 def test_shares_of_the_processes_make_the_batch(size):
     for count in (1, 7, 8, 15):
         batch = torch.randperm(count)
-        shares = [train.World(rank, size, torch.device("cpu")).share(batch) for rank in range(size)]
+        shares = [trainer.World(rank, size, torch.device("cpu")).share(batch) for rank in range(size)]
         assert torch.cat(shares).tolist() == batch.tolist()
         lengths = [len(share) for share in shares]
         assert max(lengths) - min(lengths) <= 1
@@ -200,7 +200,7 @@ def test_uneven_last_batch_counts_by_its_examples(command, tmp_path, monkeypatch
             losses.append(cross_entropy(logits.detach().double(), labels, reduction="none"))
         return cross_entropy(logits, labels, reduction=reduction)
 
-    monkeypatch.setattr(train.F, "cross_entropy", spy)
+    monkeypatch.setattr(trainer.F, "cross_entropy", spy)
     assert command(tmp_path / "run", epochs=1) == 0
     (row,) = metrics(tmp_path / "run")
     assert len(torch.cat(losses)) == IMAGES
@@ -359,7 +359,7 @@ def test_signal_writes_a_checkpoint_and_ends(command, finished, tmp_path, monkey
 
 
 def test_signal_while_testing(command, finished, tmp_path, monkeypatch):
-    folder, batch = tmp_path / "run", train._batch
+    folder, batch = tmp_path / "run", trainer._batch
 
     def spy(split, indices):
         if len(split[1]) == TEST_IMAGES:
@@ -445,7 +445,7 @@ def test_damaged_checkpoint_names_the_good_one(command, finished, tmp_path, monk
     if kind == "truncated":
         # The previous one stays until there is another good one.
         with monkeypatch.context() as patch:
-            patch.setattr(train.Trainer, "run", lambda *args: (_ for _ in ()).throw(Killed))
+            patch.setattr(trainer.Trainer, "run", lambda *args: (_ for _ in ()).throw(Killed))
             with pytest.raises(Killed):
                 command(folder, "--resume", str(previous))
         assert position(folder) == position(folder, previous.name)
@@ -493,7 +493,7 @@ def test_output_that_holds_a_run_is_not_overwritten(command, finished, tmp_path,
 
 
 def test_unwritable_output_is_said_at_the_start(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train.Trainer, "run", lambda *args: pytest.fail("it trained"))
+    monkeypatch.setattr(trainer.Trainer, "run", lambda *args: pytest.fail("it trained"))
     (tmp_path / "file").write_text("")
     assert command(tmp_path / "file" / "run") == 1
     assert f"'{tmp_path / 'file' / 'run'}'" in capsys.readouterr().err
@@ -627,10 +627,10 @@ def torchrun(script: Path, *arguments: str) -> str:
 TWO = """
 import os, signal, sys
 import torch.distributed as dist
-from fastinception import checkpoint, record, train
+from fastinception import checkpoint, record, train, trainer
 
 second = os.environ["RANK"] == "1"
-forward, calls = train.Trainer._forward, []
+forward, calls = trainer.Trainer._forward, []
 
 def spy(*args):
     calls.append(None)  # not what would outlive the process group
@@ -638,7 +638,7 @@ def spy(*args):
         signal.raise_signal(signal.SIGTERM)
     return forward(*args)
 
-train.Trainer._forward = spy
+trainer.Trainer._forward = spy
 if second:
     checkpoint.write = record.write_record = train.write_record = None
 # The launcher's store meets one group only: both runs have the first one's.
