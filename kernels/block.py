@@ -164,7 +164,7 @@ def _plan(
         (c4, need(x, w42, b42), b42),
     )):  # fmt: skip
         if needed:
-            sums_at = place(columns, split_parts(rows), (bias, columns))
+            sums_at = place(columns, split_parts(rows, gpu), (bias, columns))
             stride = columns if i else c1 + c21 + c31
             branches.append(Branch(columns, column, masks[i], stride, sums_at))
             branch_of.append(i)

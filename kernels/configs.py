@@ -117,7 +117,11 @@ class Sweep(NamedTuple):
 SPLIT = Sweep(64, 64, num_warps=4, steps=4)
 POOL_GRADIENT = Sweep(32, 64, num_warps=4)
 SUM = Sweep(16, 128, num_warps=4)  # parts at a time, elements
-_INTERPRETED = {POOL_GRADIENT: Sweep(128, 128, num_warps=4), SUM: Sweep(4, 16384, num_warps=4)}
+_INTERPRETED = {
+    SPLIT: Sweep(128, 128, num_warps=4, steps=2),
+    POOL_GRADIENT: Sweep(128, 128, num_warps=4),
+    SUM: Sweep(4, 16384, num_warps=4),
+}
 # Programs that the weight gradients are divided into: two for each SM of an H100.
 PROGRAMS = 264
 

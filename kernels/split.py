@@ -78,9 +78,10 @@ def _split_kernel(
         tile -= tiles
 
 
-def parts(rows: int) -> int:
+def parts(rows: int, gpu: target.Gpu) -> int:
     """Return how many sums there are for each channel in ``partials``."""
-    return configs.tiles(rows, configs.SPLIT.steps * configs.SPLIT.block_m)
+    config = configs.sweep(configs.SPLIT, gpu)
+    return configs.tiles(rows, config.steps * config.block_m)
 
 
 def split(grad: Tensor, mask: Tensor, branches: tuple[Branch, ...], outs: Sequence[Tensor], partials: Tensor) -> None:
@@ -90,23 +91,23 @@ def split(grad: Tensor, mask: Tensor, branches: tuple[Branch, ...], outs: Sequen
         grad: gradient of the block's output, ``[N, C, H, W]``, any strides; never written.
         mask: the packed ReLU mask that the forward kept, ``[M, bytes]`` uint8.
         branches, outs: each gets its channels as rows of pixels, ``[M, stride]``, 0 where the ReLU was not active.
-        partials: float32 (float64 for float64), gets at ``sums`` of each branch ``[parts(M), width]``: their sums.
+        partials: float32 (float64 for float64), gets at ``sums`` of each branch ``[parts(M, gpu), width]``: their sums.
 
     All but mask and partials have one dtype. Checked by the caller.
     """
-    launch = _launch(branches, grad.shape, grad.stride(), mask.shape[1])
+    launch = _launch(branches, grad.shape, grad.stride(), mask.shape[1], target.gpu(grad.device))
     with target.device_of(grad):
         _split_kernel[launch.grid](grad, mask, tuple(outs), partials, *launch.sizes, **launch.constants)
 
 
 @configs.cached
 def _launch(
-    branches: tuple[Branch, ...], shape: torch.Size, strides: tuple[int, ...], mask_bytes: int
+    branches: tuple[Branch, ...], shape: torch.Size, strides: tuple[int, ...], mask_bytes: int, gpu: target.Gpu
 ) -> configs.Launch:
     n, _, height, width = shape
     stride_n, stride_c, stride_h, stride_w = strides
-    rows, config = n * height * width, configs.SPLIT
-    tiles = sum(parts(rows) * configs.tiles(branch.width, config.block_n) for branch in branches)
+    rows, config = n * height * width, configs.sweep(configs.SPLIT, gpu)
+    tiles = sum(parts(rows, gpu) * configs.tiles(branch.width, config.block_n) for branch in branches)
     sums = tuple(branch.sums for branch in branches)
     sizes = (sums, rows, height, width, stride_n, stride_c, stride_h, stride_w, mask_bytes)
     return configs.launch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -123,6 +124,7 @@ def _weight_gradient_kernel(
 def _sum_kernel(
     partials_ptr,
     out_ptrs,
+    firsts,
     sums,
     sizes,
     parts,
@@ -131,12 +133,14 @@ def _sum_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add up the parts of BLOCK_N elements of one result, BLOCK_P at a time and in order."""
+    """Add up the parts of BLOCK_N elements of one result, BLOCK_P at a time and in order.
+
+    The tiles of the results follow one another; ``firsts`` is where each result's begin, and the last one's end.
+    """
     tile = tl.program_id(0)
     for i in tl.static_range(COUNT):
-        tiles = (sizes[i] + BLOCK_N - 1) // BLOCK_N
-        if (tile >= 0) & (tile < tiles):
-            offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        if (tile >= firsts[i]) & (tile < firsts[i + 1]):
+            offs_n = (tile - firsts[i]) * BLOCK_N + tl.arange(0, BLOCK_N)
             mask_n = offs_n < sizes[i]
             total = tl.zeros((BLOCK_N,), dtype=partials_ptr.dtype.element_ty)
             for first in range(0, parts[i], BLOCK_P):
@@ -144,7 +148,6 @@ def _sum_kernel(
                 part = partials_ptr + sums[i] + offs_p.to(tl.int64)[:, None] * strides[i] + offs_n[None, :]
                 total += tl.sum(tl.load(part, mask=(offs_p < parts[i])[:, None] & mask_n[None, :], other=0.0), axis=0)
             tl.store(out_ptrs[i] + offs_n, total, mask=mask_n)
-        tile -= tiles
 
 
 class Division(NamedTuple):
@@ -239,8 +242,8 @@ def add_up(sums: tuple[Sum, ...], outs: Sequence[Tensor], partials: Tensor) -> N
 def _sum_launch(sums: tuple[Sum, ...], gpu: target.Gpu) -> configs.Launch:
     config = configs.sweep(configs.SUM, gpu)
     elements, starts, parts, strides = zip(*sums, strict=True)
-    tiles = sum(configs.tiles(size, config.block_n) for size in elements)
+    firsts = tuple(itertools.accumulate((configs.tiles(size, config.block_n) for size in elements), initial=0))
     return configs.launch(
-        tiles, (starts, elements, parts, strides),
+        firsts[-1], (firsts, starts, elements, parts, strides),
         COUNT=len(sums), BLOCK_P=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
     )  # fmt: skip

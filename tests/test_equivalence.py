@@ -56,10 +56,9 @@ def large_tiles(monkeypatch):
         for kernel in configs.DEFAULTS:
             tiles = entry if kernel in ("entry", "entry_train") else level
             monkeypatch.setitem(configs.DEFAULTS, kernel, lambda dtype, chip, tiles=tiles: tiles)
-        sweeps = {configs.POOL_GRADIENT: (size, size), configs.SUM: (8, size**2)}
+        sweeps = {configs.SPLIT: (size, size), configs.POOL_GRADIENT: (size, size), configs.SUM: (8, size**2)}
         sweeps = {sweep: configs.Sweep(*sizes, num_warps=4) for sweep, sizes in sweeps.items()}
         monkeypatch.setattr(configs, "_INTERPRETED", sweeps)
-        monkeypatch.setattr(configs, "SPLIT", configs.Sweep(size, size, num_warps=4))
     configs.forget()
     yield
     monkeypatch.undo()
