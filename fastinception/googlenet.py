@@ -53,8 +53,8 @@ class _FirstStage(nn.Sequential):
         return run(input) if parts == 1 else torch.cat([run(part) for part in input.chunk(parts)])
 
     def _parts(self, input: Tensor) -> int:
-        if torch.is_grad_enabled() or torch.compiler._is_exporting_flag:
-            return 1
+        if torch.is_grad_enabled() or torch.compiler._is_exporting_flag or torch._C._get_tracing_state():
+            return 1  # a program that is kept would hold this batch's parts
         if input.device.type != "cpu" or input.dim() != 4:
             return 1
         own = [type(child) for child in self] == [Conv2d, MaxPool2d, nn.ReLU]

@@ -62,6 +62,19 @@ def test_first_stage_stays_whole(first_stage, monkeypatch, watched):
     assert sizes == ([5] if watched == "hook" else [])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_first_stage_is_traced_for_any_batch(first_stage):
+    stage, x = first_stage
+    with torch.no_grad():
+        traced = torch.jit.trace(stage, x)
+        exported = torch.export.export(stage, (x,), dynamic_shapes={"input": {0: torch.export.Dim.AUTO}}).module()
+        for batch in (1, 7):
+            x = torch.randn(batch, 3, 48, 40)
+            torch.testing.assert_close(traced(x), stage(x))
+            if batch > 1:
+                torch.testing.assert_close(exported(x), stage(x))
+
+
 def test_first_stage_compiles_for_any_batch(first_stage, monkeypatch):
     """A graph for each power of two of parts, not for each batch."""
     stage, _ = first_stage
