@@ -97,6 +97,11 @@ def _special(x: Tensor, params: Sequence[Tensor]) -> str | None:
     for kind in {type(x), *map(type, params)}:
         if kind is not Tensor and kind is not Parameter:
             return f"an operand is a {kind.__qualname__}"
+    return special_state()
+
+
+def special_state() -> str | None:
+    """Say what about the moment only standard, differentiable operators can serve, or None."""
     if torch.compiler._is_exporting_flag:  # is_exporting() is constantly true to Dynamo, in torch.compile too
         return "an exported program holds standard operators only"
     if torch._C._are_functorch_transforms_active():

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from fastinception import backends, ops
 from fastinception.conv import Conv2d
 from fastinception.module import FastInception, hooked_globally, wrapped
 from fastinception.pool import MaxPool2d
@@ -39,13 +40,14 @@ WIDTHS = {
 }
 
 
-# Bytes. glibc's malloc keeps smaller pieces for their next owner. The pages of larger ones come from the system each
-# time, and to fault them in takes about as long as the convolution that fills them.
-_KEPT = 2**25
+# Bytes. glibc's malloc reuses what is smaller than its largest mmap threshold (DEFAULT_MMAP_THRESHOLD_MAX, 32 MiB),
+# header and alignment included. Larger pieces come fresh from the system: at batch 64 and 96 pixels the first
+# convolution's result had 9217 page faults, which took about as long as the convolution, and no other had any.
+_KEPT = 2**25 - 2**14
 
 
 class _FirstStage(nn.Sequential):
-    """Convolve, pool and activate the images; in inference on a CPU in parts whose largest result malloc keeps."""
+    """Convolve, pool and activate the images; in inference on a CPU in parts whose largest result malloc reuses."""
 
     def forward(self, input: Tensor) -> Tensor:
         run: Callable[[Tensor], Tensor] = super().forward
@@ -53,19 +55,21 @@ class _FirstStage(nn.Sequential):
         return run(input) if parts == 1 else torch.cat([run(part) for part in input.chunk(parts)])
 
     def _parts(self, input: Tensor) -> int:
-        if torch.is_grad_enabled() or torch.compiler._is_exporting_flag or torch._C._get_tracing_state():
-            return 1  # a program that is kept would hold this batch's parts
-        if input.device.type != "cpu" or input.dim() != 4:
+        """Return 1, 2, 4 or 8: each needs a graph of its own under torch.compile."""
+        if torch.is_grad_enabled() or input.device.type != "cpu" or input.dim() != 4:
             return 1
+        if torch.compiler._is_exporting_flag or (not torch.compiler.is_compiling() and ops.watched()):
+            return 1  # a program that is kept would hold this batch's parts
         own = [type(child) for child in self] == [Conv2d, MaxPool2d, nn.ReLU]
         if not own or any(map(wrapped, self)) or hooked_globally():
             return 1  # a foreign layer or a hook may want the whole batch
         conv = cast(Conv2d, self[0])
-        pixels = input.numel() // conv.in_channels // 4  # of the result: both sides are halved
-        parts = 1
-        while pixels * conv.out_channels * input.element_size() > parts * _KEPT:
-            parts *= 2  # not the next number: each needs a graph of its own under torch.compile
-        return parts
+        pixels = ((input.shape[2] + 1) // 2) * ((input.shape[3] + 1) // 2)
+        size = 4 if backends.emulated(input.dtype, input.device) else input.element_size()
+        images = _KEPT // (conv.out_channels * pixels * size)  # whose result malloc reuses
+        if images < 16:  # then chunk may return fewer parts than it was asked for
+            return 1
+        return next((parts for parts in (1, 2, 4, 8) if parts * images >= input.shape[0]), 1)
 
 
 class GoogLeNet(nn.Sequential):

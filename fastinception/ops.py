@@ -391,9 +391,16 @@ def run(backend: str, x: Tensor, params: Sequence[Tensor], needs_grad: bool, rel
         if needs_grad:
             return cast(Tensor, _Inception.apply(backend, x, *params))
         if backend == "triton":
-            block, out = _launches(), empty_output(x, params)
-            block.forward(x, params, out, block.empty_saved(x, params, save=False), relu=relu)
-            return out
+            return plan(x, params, relu)[0]
     flags = (needs_grad, relu) if backend == "triton" else ()
     out, *_ = getattr(torch.ops.fastinception, f"{backend}_forward")(x, *params, *flags)
     return cast(Tensor, out)
+
+
+def plan(x: Tensor, params: Sequence[Tensor], relu: bool) -> tuple[Tensor, Any]:
+    """Return the block of ``x`` by Triton, without a derivative, and the same for the next call like this one.
+
+    The latter, a :class:`fastinception.kernels.block.Call`, is None where there is none.
+    """
+    out = empty_output(x, params)
+    return out, _launches().plan(x, params, out, relu=relu)

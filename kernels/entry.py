@@ -251,8 +251,8 @@ def entry(
     relu: bool = True,
     tiles: configs.Tiles | None = None,
     part: str | None = None,
-) -> None:
-    """Launch level 0 on ``x``'s device and current stream.
+) -> configs.Launch:
+    """Launch level 0 on ``x``'s device and current stream, and return what :func:`again` needs beside its tensors.
 
     Args:
         x: ``[N, K, H, W]``, contiguous in channels_last: a row-major matrix ``[M, K]`` with ``M = N*H*W``.
@@ -283,10 +283,13 @@ def entry(
         gpu, target.input_precision(x.dtype, gpu), relu, tiles, part,
     )  # fmt: skip
     with target.device_of(x):
-        _entry_kernel[launch.grid](
-            x, tuple(weights), tuple(biases), out, tuple(denses), pool_weight, pool_bias, mask, pooled, codes,
-            *launch.sizes, **launch.constants,
-        )  # fmt: skip
+        again(launch, x, tuple(weights), tuple(biases), out, tuple(denses), pool_weight, pool_bias, mask, pooled, codes)
+    return launch
+
+
+def again(launch: configs.Launch, *tensors: Tensor | tuple[Tensor, ...] | None) -> None:
+    """Launch level 0 on the current device as before, on tensors of the same shapes, strides and alignment."""
+    _entry_kernel[launch.grid](*tensors, *launch.sizes, **launch.constants)
 
 
 @configs.cached

@@ -160,8 +160,10 @@ def spatial(
     *,
     relu: bool = True,
     tiles: configs.Tiles | None = None,
-) -> None:
+) -> configs.Launch | None:
     """Launch level 1 on ``out``'s device and current stream.
+
+    Returns what :func:`again` needs beside its tensors, None where the library computes.
 
     Args:
         convs: convolutions whose inputs share ``[N, :, H, W]`` and whose outputs share ``[N, :, OUT_H, OUT_W]``.
@@ -185,14 +187,16 @@ def spatial(
     )  # fmt: skip
     if launch is None:
         library(convs, out, mask, relu, tiles)
-        return
+        return None
+    xs, weights, biases = (tuple([conv[i] for conv in convs]) for i in range(3))
     with target.device_of(out):
-        _spatial_kernel[launch.grid](
-            tuple([conv.x for conv in convs]),
-            tuple([conv.weight for conv in convs]),
-            tuple([conv.bias for conv in convs]),
-            out, mask, *launch.sizes, **launch.constants,
-        )  # fmt: skip
+        again(launch, xs, weights, biases, out, mask)
+    return launch
+
+
+def again(launch: configs.Launch, *tensors: Tensor | tuple[Tensor, ...] | None) -> None:
+    """Launch level 1 on the current device as before, on tensors of the same shapes, strides and alignment."""
+    _spatial_kernel[launch.grid](*tensors, *launch.sizes, **launch.constants)
 
 
 @configs.cached

@@ -216,11 +216,15 @@ def test_the_backward_stays_inside_its_tensors(monkeypatch, batch, format):
     grads += [frames.put(torch.full_like(p, float("nan")), channels_last if p.dim() == 4 else torch.contiguous_format)
               for p in params]  # fmt: skip
     with monkeypatch.context() as patched:
+        tiles = configs.Tiles(128, 128, 16, num_warps=8, num_stages=3)
+        patched.setitem(configs.DEFAULTS, "weight_gradient", lambda dtype, chip: tiles)
+        configs.forget()
         patched.setattr(torch, "empty", frames.empty)
         saved = launches.empty_saved(own_x, params, save=True)
         out = frames.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=channels_last)
         launches.forward(own_x, params, out, saved)
         launches.backward(frames.put(upstream, format), own_x, params, saved, grads)
+    configs.forget()
     frames.assert_untouched()
     for own, theirs in zip((out, *grads), (y, *expected), strict=True):
         torch.testing.assert_close(own, theirs)

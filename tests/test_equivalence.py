@@ -13,13 +13,14 @@ under the interpreter each in one dtype in turn, and the first block in every dt
 sparse as after a ReLU, where pool windows tie at zero) alternate, so that each backend and dtype meets all four
 pairs; batches run from 1 to 128, with 128 and 28x28 on both backends. Hypothesis draws the rest at small widths.
 
-The interpreter takes its time by operation, whatever the tile: these cases have tiles of four times the elements of
-its others, which halves that. Many small tiles are test_a_gpus_default_tiles, and test_kernels.
+The interpreter takes its time by operation, whatever the tile: these cases have larger tiles than its others, which
+halves that. Many small tiles are tested by test_a_gpus_default_tiles, and in test_kernels.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 from typing import NamedTuple
 
@@ -44,24 +45,27 @@ SMALL = (5, 4, (3, 6), (2, 3), 7)
 
 @pytest.fixture
 def large_tiles(monkeypatch):
-    try:
-        from fastinception.kernels import configs, target
-    except ModuleNotFoundError:  # no Triton
-        yield
-        return
+    """Give the interpreter tiles of 256, and leave a GPU its own."""
+    configs, target = (importlib.import_module(f"fastinception.kernels.{name}") for name in ("configs", "target"))
     if target.interpreted():
         size = 256
         level = configs.Tiles(size, size, size, num_warps=8, num_stages=3)
-        entry = dataclasses.replace(level, pool=(size, size, size // 2))
+        own = {
+            "entry": dataclasses.replace(level, pool=(size, size, size // 2)),
+            "entry_train": dataclasses.replace(level, pool=(size, size, size // 2)),
+            "weight_gradient": dataclasses.replace(
+                level, block_k=128
+            ),  # one pixel of 128 images, where there are so many
+        }
         for kernel in configs.DEFAULTS:
-            tiles = entry if kernel in ("entry", "entry_train") else level
+            tiles = own.get(kernel, level)
             monkeypatch.setitem(configs.DEFAULTS, kernel, lambda dtype, chip, tiles=tiles: tiles)
-        sweeps = {configs.SPLIT: (size, size), configs.POOL_GRADIENT: (size, size), configs.SUM: (8, size**2)}
+        sweeps = {configs.SPLIT: (size, size), configs.POOL_GRADIENT: (size, size), configs.SUM: (2, size**2)}
         sweeps = {sweep: configs.Sweep(*sizes, num_warps=4) for sweep, sizes in sweeps.items()}
         monkeypatch.setattr(configs, "_INTERPRETED", sweeps)
     configs.forget()
     yield
-    monkeypatch.undo()
+    monkeypatch.undo()  # before the caches are emptied, or they would be filled from it again
     configs.forget()
 
 
@@ -245,6 +249,16 @@ def test_googlenet_block(case):
     check_block(backend, WIDTHS[name], dtype, batch, height, width, layout, seed=turn, sparse=sparse)
 
 
+@pytest.mark.usefixtures("large_tiles")
+def test_the_largest_batches_sum_one_pixel_of_many_images():
+    weight_gradient, target = (
+        pytest.importorskip(f"fastinception.kernels.{name}") for name in ("weight_gradient", "target")
+    )
+    product, gpu = weight_gradient.Product(8, 8, 3, 3), target.gpu(torch.device("cpu"))
+    for batch, images_first in ((128, target.interpreted()), (2, False)):
+        assert weight_gradient.divide((batch, 3, 3), [product], torch.float32, gpu).images_first is images_first
+
+
 def test_cases_cover_what_the_file_says():
     seen = list(googlenet_cases())
     for backend, dtypes in DTYPES.items():
@@ -271,7 +285,7 @@ def test_a_gpus_default_tiles(dtype, monkeypatch):
         assert (
             configs.choose("spatial", 9, 9, 99, dtype, target.gpu(torch.device("cpu"))).block_k == 128 // dtype.itemsize
         )
-        check_block("triton", (70, 130, (20, 140), (9, 33), 130), dtype, 2, 9, 8, "nhwc", seed=3)
+        check_block("triton", (70, 130, (36, 140), (9, 33), 130), dtype, 2, 9, 8, "nhwc", seed=3)
     finally:
         configs.forget()
 

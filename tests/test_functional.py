@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastinception import Inception
+from fastinception import Inception, functional
 from fastinception.functional import inception
-from fastinception.kernels import target
+from fastinception.kernels import configs, target
 
 DEVICE = "cpu" if target.unsupported(torch.device("cpu"), torch.float64) is None else "cuda"
 HAS_TRITON = target.unsupported(torch.device(DEVICE), torch.float32) is None
@@ -80,3 +80,153 @@ def test_unknown_activation(activation):
     net, x = block(torch.channels_last)
     with pytest.raises(ValueError, match=r"activation must be one of 'relu', 'none', got "):
         inception(x, list(net.parameters()), activation=activation)
+
+
+# A call like an earlier one: its checks and its launches are known.
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot run here")
+
+
+def call(net: Inception, x: Tensor, **options) -> Tensor:
+    return inception(x, [p.detach() for p in net.parameters()], backend="triton", **options)
+
+
+@pytest.fixture
+def planned():
+    """A block and an input with which one inference call was made."""
+    configs.forget()
+    net, x = block(torch.channels_last)
+    call(net, x)
+    yield net, x
+    configs.forget()
+
+
+@needs_triton
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_known_call_goes_straight_to_its_launches(planned, mode, monkeypatch):
+    net, x = planned
+    with mode():
+        first, expected = call(net, x), net(-x)
+        monkeypatch.setattr(functional, "prepare", lambda *args: pytest.fail("a known call was checked again"))
+        second = call(net, -x)  # other numbers
+    torch.testing.assert_close(first, net(x))
+    torch.testing.assert_close(second, expected)
+    assert second.stride() == first.stride()
+    assert second.is_inference() is (mode is torch.inference_mode)
+
+
+@needs_triton
+def test_a_known_call_follows_the_parameters(planned):
+    net, x = planned
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(1.5)
+        torch.testing.assert_close(call(net, x), net(x))
+        net.p1_1 = torch.nn.Conv2d(7, 5, 1).to(DEVICE)
+        torch.testing.assert_close(call(net, x), net(x))
+
+
+def misaligned(t: Tensor) -> Tensor:
+    storage = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
+    return storage[1:].view(t.shape).copy_(t)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "change", ["batch", "layout", "slice", "width", "weights' layout", "expanded bias", "misaligned weight", "float16"]
+)
+def test_another_call_is_not_taken_for_a_known_one(planned, change):
+    net, x = planned
+    with torch.no_grad():
+        if change == "batch":
+            x = torch.cat((x, x))
+        elif change == "layout":
+            x = x.contiguous()
+        elif change == "slice":
+            x = torch.cat((x, x), dim=1).contiguous(memory_format=torch.channels_last)[:, :7]
+        elif change == "width":
+            net.p1_1.weight.data, net.p1_1.bias.data = net.p1_1.weight[:3], net.p1_1.bias[:3]
+        elif change == "weights' layout":
+            net.to(memory_format=torch.channels_last)
+        elif change == "expanded bias":
+            net.p2_2.bias.data = torch.ones(1, device=DEVICE).expand(9)
+        elif change == "misaligned weight":
+            net.p2_1.weight.data = misaligned(net.p2_1.weight)
+        else:
+            net, x = net.half(), x.half()
+        assert not functional._known(x, [p.detach() for p in net.parameters()], "triton", True)
+        for _ in range(2):  # planned, then known
+            y = call(net, x)
+            assert y.is_contiguous(memory_format=torch.contiguous_format if change == "layout" else torch.channels_last)
+            tolerance = {"rtol": 2e-2, "atol": 2e-3} if change == "float16" else {}
+            torch.testing.assert_close(y, net(x), **tolerance)
+
+
+@needs_triton
+@pytest.mark.parametrize("wrong", ["dtype", "channels", "width", "device", "backend"])
+def test_a_bad_call_is_an_error_after_a_known_one(planned, wrong):
+    net, x = planned
+    params = [p.detach() for p in net.parameters()]
+    backend = "Triton" if wrong == "backend" else "triton"
+    if wrong == "dtype":
+        params[4] = params[4].double()
+    elif wrong == "channels":
+        x = torch.randn(3, 8, 4, 5, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    elif wrong == "width":
+        params[3] = params[3][:2]
+    elif wrong == "device":
+        params[2] = params[2].to("meta")
+    with pytest.raises((TypeError, ValueError)):
+        inception(x, params, backend=backend)
+
+
+@needs_triton
+def test_what_watches_a_call_meets_it_after_a_known_one(planned):
+    net, x = planned
+    params = [p.detach() for p in net.parameters()]
+
+    def run(x: Tensor) -> Tensor:
+        return inception(x, params, backend="triton")
+
+    expected = net(x).detach()
+    stacked = torch.stack((x, -x))
+    torch.testing.assert_close(torch.vmap(run)(stacked), torch.stack((expected, net(-x))))
+    _, tangent = torch.func.jvp(run, (x,), (x,))
+    torch.testing.assert_close(tangent, torch.func.jvp(net, (x,), (x,))[1])
+    with torch.autograd.forward_ad.dual_level():
+        dual = run(torch.autograd.forward_ad.make_dual(x, x))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
+    assert inception(x, list(net.parameters()), backend="triton").requires_grad
+    assert run(x.clone().requires_grad_()).requires_grad
+    with torch.autocast(DEVICE, torch.float16):
+        assert run(x).dtype is torch.float16
+    torch.testing.assert_close(run(torch._neg_view(-x)), expected)
+    relus = [y.min() >= 0 for y in (run(x), call(net, x, activation="none"), run(x), call(net, x, activation="none"))]
+    assert relus == [True, False, True, False]
+
+
+@needs_triton
+@pytest.mark.parametrize("special", ["library", "empty"])
+def test_what_takes_more_than_two_launches_is_never_planned(planned, special, monkeypatch):
+    net, x = planned
+    if special == "library":
+        tiles = configs.Tiles(32, 32, 16, num_warps=4, num_stages=1, library=True)
+        monkeypatch.setitem(configs.DEFAULTS, "spatial", lambda dtype, chip: tiles)
+        configs.forget()
+    else:
+        x = x[:0]
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(call(net, x), net(x))
+            assert not functional._known(x, list(net.parameters()), "triton", True)
+
+
+@needs_triton
+def test_known_calls_are_forgotten_with_their_tiles(planned):
+    net, x = planned
+    with torch.no_grad():
+        assert functional._known(x, list(net.parameters()), "triton", True) == []  # of parameters, not of detached ones
+        params = [p.detach() for p in net.parameters()]
+        assert len(functional._known(x, params, "triton", True)) == 1
+        configs.forget()
+        assert functional._known(x, params, "triton", True) == []
