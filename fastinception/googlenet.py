@@ -66,7 +66,7 @@ class _FirstStage(nn.Sequential):
         conv = cast(Conv2d, self[0])
         pixels = ((input.shape[2] + 1) // 2) * ((input.shape[3] + 1) // 2)
         size = 4 if backends.emulated(input.dtype, input.device) else input.element_size()
-        images = _KEPT // (conv.out_channels * pixels * size)  # whose result malloc reuses
+        images = _KEPT // max(1, conv.out_channels * pixels * size)  # whose result malloc reuses
         if images < 16:  # then chunk may return fewer parts than it was asked for
             return 1
         return next((parts for parts in (1, 2, 4, 8) if parts * images >= input.shape[0]), 1)

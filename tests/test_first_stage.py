@@ -91,6 +91,13 @@ def test_malloc_reuses_each_parts_result(dtype, side, monkeypatch):
                 assert max(sizes) * image <= 2**25 - 2**14
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 0, 40), (2, 3, 48, 0)])
+def test_images_without_pixels_are_the_convolutions_error(first_stage, shape):
+    stage, _ = first_stage
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
+        stage(torch.empty(shape))
+
+
 def test_an_emulated_dtype_is_convolved_in_float32(first_stage, monkeypatch):
     stage, x = first_stage
     monkeypatch.setattr(backends, "_EMULATED", frozenset({torch.bfloat16}))
