@@ -172,7 +172,7 @@ def test_every_example_once_per_epoch_in_another_order(command, tmp_path, monkey
             seen.append(indices.tolist())
         return batch(split, indices)
 
-    monkeypatch.setattr(train, "_batch", spy)
+    monkeypatch.setattr(trainer, "_batch", spy)
     assert command(tmp_path / "run") == 0
     assert [len(indices) for indices in seen] == [15, 15, 15, 15, 1] * EPOCHS
     orders = [list(itertools.chain(*seen[i * STEPS : (i + 1) * STEPS])) for i in range(EPOCHS)]
@@ -367,7 +367,7 @@ def test_signal_while_testing(command, finished, tmp_path, monkeypatch):
         return batch(split, indices)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_batch", spy)
+        patch.setattr(trainer, "_batch", spy)
         assert command(folder, "--checkpoint-steps", "100") == 143
     assert position(folder) == (0, STEPS)
     assert command(folder, "--resume") == 0
