@@ -86,8 +86,9 @@ def _known(x: Tensor, params: Sequence[Tensor], backend: str, relu: bool) -> lis
     """Return the place of the planned call for operands like these, a list that is empty until one is known.
 
     The key is all that the checks of a call, the choice of its path and its launches depend on, and takes the host a
-    fraction of their time. None for a call that is not planned: where Triton is out of the question, a gradient is
-    recorded, autocast or anything else looks at the call, or a tensor's memory is not what it stands for.
+    fraction of their time. None for a call that is not planned: where Triton is out of the question, x has to be copied
+    first, a gradient is recorded, autocast or anything else looks at the call, or a tensor's memory is not what it
+    stands for.
     """
     if torch.compiler.is_compiling() or backend == "aten" or not isinstance(x, Tensor):
         return None
@@ -97,6 +98,8 @@ def _known(x: Tensor, params: Sequence[Tensor], backend: str, relu: bool) -> lis
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return None
     if backends.special_state() or ops.watched() or any(map(Tensor.is_neg, tensors)):
+        return None
+    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         return None
     gpu = target.gpu(x.device)
     return _place(

@@ -13,7 +13,8 @@ from fastinception.kernels import configs, target
 
 DEVICE = "cpu" if target.unsupported(torch.device("cpu"), torch.float64) is None else "cuda"
 HAS_TRITON = target.unsupported(torch.device(DEVICE), torch.float32) is None
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot run here"))
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot run here")
+TRITON = pytest.param("triton", marks=needs_triton)
 BACKENDS = pytest.mark.parametrize("backend", ["aten", TRITON])
 FORMATS = pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
 
@@ -68,7 +69,7 @@ def test_no_activation_compiles_as_one_graph(backend):
     torch.testing.assert_close(compiled(x), without_relu(net, x))
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot run here")
+@needs_triton
 def test_what_has_no_backward_is_not_saved_for_one():
     net, x = block(torch.channels_last)
     with pytest.raises(ValueError, match="save=False was expected"):
@@ -83,8 +84,6 @@ def test_unknown_activation(activation):
 
 
 # A call like an earlier one: its checks and its launches are known.
-
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot run here")
 
 
 def call(net: Inception, x: Tensor, **options) -> Tensor:
@@ -218,7 +217,7 @@ def test_what_takes_more_than_two_launches_is_never_planned(planned, special, mo
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(call(net, x), net(x))
-            assert not functional._known(x, list(net.parameters()), "triton", True)
+            assert not functional._known(x, [p.detach() for p in net.parameters()], "triton", True)
 
 
 @needs_triton
