@@ -37,10 +37,13 @@ class _Stub:
 def stubbed() -> Iterator[None]:
     """Replace all kernels by stubs."""
     from bench.aot import KERNELS
+    from fastinception.kernels import configs
 
     with ExitStack() as patched:
+        patched.callback(configs.forget)  # a replay holds its kernels, and these are stubs
         for name, module in KERNELS.items():
             patched.enter_context(mock.patch.object(module, f"_{name}_kernel", _Stub()))
+        configs.forget()
         yield
 
 

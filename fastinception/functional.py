@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fastinception import aten, backends, ops
+from fastinception import aten, backends, eager, ops
 from fastinception.backends import Path
-from fastinception.kernels import configs, target
+from fastinception.kernels import replay
 
 ACTIVATIONS = ("relu", "none")
 
@@ -50,16 +49,14 @@ def inception(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
     relu = activation == "relu"
-    known = _known(x, params, backend, relu) if out is None else None
-    if known:
-        return cast(Tensor, known[0](x, params))
-    path, x, params = prepare(x, params, backend)
-    if known is not None and path.name == "triton":
-        y, call = ops.plan(x, params, relu)
-        if call is not None:
-            known.append(call)
-        return y
+    x, params = _cast(x, params)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
+    known = _known(x, params, backend, needs_grad, relu) if out is None else None
+    if known is not None and known.forward is not None:
+        return eager.run_known(known, x, params, needs_grad, relu)
+    path = _select(x, params, backend)
+    if known is not None and path.name == "triton":
+        return eager.run_known(known, x, params, needs_grad, relu)
     if not relu and (path.name == "aten" or (needs_grad and out is None)):
         path = Path("plain", "only Triton's forward comes without ReLU")
     if out is not None and path.name == "plain":
@@ -76,37 +73,23 @@ def inception(
     return _compute(path, x, params, needs_grad, relu)
 
 
-@configs.cached
-def _place(*facts: Any) -> list[Any]:
-    """Return the same list for the same facts."""
-    return []
+def _known(x: Tensor, params: Sequence[Tensor], backend: str, needs_grad: bool, relu: bool) -> replay.Known | None:
+    """Return what is known of calls like this, nothing at first.
 
-
-def _known(x: Tensor, params: Sequence[Tensor], backend: str, relu: bool) -> list[Any] | None:
-    """Return the place of the planned call for operands like these, a list that is empty until one is known.
-
-    The key is all that the checks of a call, the choice of its path and its launches depend on, and takes the host a
-    fraction of their time. None for a call that is not planned: where Triton is out of the question, x has to be copied
-    first, a gradient is recorded, autocast or anything else looks at the call, or a tensor's memory is not what it
-    stands for.
+    The checks of a call and the choice of its path depend on nothing else, either. None for a call that is never
+    replayed: where Triton is out of the question, x has to be copied first, anything looks at the call, or a tensor's
+    memory is not what it stands for.
     """
-    if torch.compiler.is_compiling() or backend == "aten" or not isinstance(x, Tensor):
+    if torch.compiler.is_compiling() or backend == "aten" or (needs_grad and not relu):
         return None
-    if not (x.is_cuda or (x.is_cpu and backend == "triton")) or torch.is_autocast_enabled(x.device.type):
+    if not (x.is_cuda or (x.is_cpu and backend == "triton")):
         return None
     tensors = (x, *params)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if backends.special_state() or eager.watched() or any(map(Tensor.is_neg, tensors)):
         return None
-    if backends.special_state() or ops.watched() or any(map(Tensor.is_neg, tensors)):
+    if not x.is_contiguous(memory_format=torch.channels_last):
         return None
-    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
-        return None
-    gpu = target.gpu(x.device)
-    return _place(
-        backend, relu, gpu, target.input_precision(x.dtype, gpu), target.interpreted(),
-        *[t.shape for t in tensors], *[t.stride() for t in tensors], *[t.dtype for t in tensors],
-        *[t.device for t in tensors], *map(type, tensors), *[t.data_ptr() % 16 == 0 for t in params[::2]],
-    )  # fmt: skip
+    return replay.known("call", backend, needs_grad, relu, *replay.facts(tensors, params[::2]))
 
 
 def _compute(path: Path, x: Tensor, params: Sequence[Tensor], needs_grad: bool, relu: bool) -> Tensor:
@@ -118,17 +101,18 @@ def _compute(path: Path, x: Tensor, params: Sequence[Tensor], needs_grad: bool, 
         y = ops.empty_output(x, params)
         aten.forward(x, params, y)
         return y
-    return ops.run(path.name, x, params, needs_grad, relu)
+    return eager.run(path.name, x, params, needs_grad, relu)
 
 
 def prepare(x: Tensor, params: Sequence[Tensor], backend: str) -> tuple[Path, Tensor, Sequence[Tensor]]:
     """Return the path of a call, and ``x`` and ``params`` in the dtype that it computes in, all checked."""
-    check_images(x)
-    if len(params) != 12:
-        raise ValueError(f"params must be the 12 weights and biases of the block, got {len(params)}")
-    x, params = _autocast(x, params)
+    x, params = _cast(x, params)
+    return _select(x, params, backend), x, params
+
+
+def _select(x: Tensor, params: Sequence[Tensor], backend: str) -> Path:
     _check_input(x, params)
-    return backends.select(backend, x, params), x, params
+    return backends.select(backend, x, params)
 
 
 def check_images(x: Tensor) -> None:
@@ -149,8 +133,11 @@ def copy_into(out: Tensor, y: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     return out.copy_(y)
 
 
-def _autocast(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+def _cast(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
     """Return ``x`` and ``params`` in the dtype that autocast asks of a convolution, or as they are without it."""
+    check_images(x)
+    if len(params) != 12:
+        raise ValueError(f"params must be the 12 weights and biases of the block, got {len(params)}")
     device = x.device.type
     # is_autocast_enabled raises for meta, and Dynamo cannot trace is_autocast_available on the oldest PyTorch.
     if device != "meta" and torch.is_autocast_enabled(device):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fastinception import backends, ops
+from fastinception import backends, eager
 from fastinception.conv import Conv2d
 from fastinception.module import FastInception, hooked_globally, wrapped
 from fastinception.pool import MaxPool2d
@@ -58,7 +58,7 @@ class _FirstStage(nn.Sequential):
         """Return 1, 2, 4 or 8: each needs a graph of its own under torch.compile."""
         if torch.is_grad_enabled() or input.device.type != "cpu" or input.dim() != 4:
             return 1
-        if torch.compiler._is_exporting_flag or (not torch.compiler.is_compiling() and ops.watched()):
+        if torch.compiler._is_exporting_flag or (not torch.compiler.is_compiling() and eager.watched()):
             return 1  # a program that is kept would hold this batch's parts
         own = [type(child) for child in self] == [Conv2d, MaxPool2d, nn.ReLU]
         if not own or any(map(wrapped, self)) or hooked_globally():

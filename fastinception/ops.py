@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastinception import aten, backends
+from fastinception.kernels import replay
 
 _NAMES = ("p1_1", "p2_1", "p2_2", "p3_1", "p3_2", "p4_2")
 _PARAMS = ", ".join(f"Tensor {name}_weight, Tensor {name}_bias" for name in _NAMES)
@@ -91,7 +92,7 @@ torch.library.define(
 )
 
 
-def _aten_forward(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+def aten_forward(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
     out = empty_output(x, params)
     saved = aten.forward_saving(x, params, out)
     return out, *(_as_promised(tensor, _channels_last_strides(tensor.shape)) for tensor in saved)
@@ -101,10 +102,23 @@ def _triton_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     params, save, relu = args[:12], args[12], args[13] if len(args) > 13 else True
     if save and not relu:
         raise ValueError("only the block with its ReLUs has a backward: save=False was expected with relu=False")
+    known = replay.known("operator", save, relu, *replay.facts((x, *params), params[::2]))
+    return _without_none(launch_forward(known, x, params, save, relu), like=x)
+
+
+def launch_forward(
+    known: replay.Known | None, x: Tensor, params: Sequence[Tensor], save: bool, relu: bool
+) -> Sequence[Tensor | None]:
+    """Return the output and what is saved by Triton; what is ``known`` of such calls serves, and grows."""
+    if known is not None and known.forward is not None:
+        return known.forward(x, *params)
     block, out = _launches(), empty_output(x, params)
     saved = block.empty_saved(x, params, save)
-    block.forward(x, params, out, saved, relu=relu)
-    return out, *_without_none(saved, like=x)
+    launched = block.forward(x, params, out, saved, relu=relu)
+    results = (out, *saved)
+    if known is not None:
+        known.forward = replay.record(launched, (x, *params), results, results)
+    return results
 
 
 def _channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -126,7 +140,7 @@ def _as_promised(result: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device).copy_(result)
 
 
-torch.library.impl("fastinception::aten_forward", "default")(_aten_forward)  # as a decorator it would return None
+torch.library.impl("fastinception::aten_forward", "default")(aten_forward)  # as a decorator it would return None
 torch.library.impl("fastinception::triton_forward", "default")(_triton_forward)
 torch.library.register_fake("fastinception::aten_forward", lambda x, *params: _empty_aten_outputs(x, params))
 torch.library.register_fake(
@@ -215,26 +229,34 @@ def _without_none(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tenso
     return tuple([_nothing(like) if result is None else result for result in results])
 
 
-def _aten_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | None]:
+def aten_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | None]:
     params, saved, needs = args[:12], args[12:-1], args[-1]
     with torch.autocast(x.device.type, enabled=False):  # it would cast for some of the products and not for others
         grads = aten.backward(grad_out, x, params, saved, needs)
     return _finish(grads, (x, *params))
 
 
-def _triton_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | None]:
+def triton_gradients(known: replay.Known | None, *args: Any) -> list[Tensor | None]:
+    """Return the gradients by Triton, given what ``triton_backward`` is; what is ``known`` serves, and grows."""
+    *operands, needs = args
+    key = *needs, *replay.layout(operands, operands[2:14:2])
+    if known is not None and (call := known.backward.get(key)) is not None:
+        return call(*operands)
     block = _launches()
-    *params, r2, r3, mask, pooled, codes, needs = args
+    grad_out, x, *params = operands[:14]
+    r2, r3, mask, pooled, codes = operands[14:]
     inputs = (x, *params)
     grads = [_dense(x, x.shape, memory_format(x)) if needs[0] else None]
     grads += [_empty_gradient(t) if need else None for t, need in zip(params, needs[1:], strict=True)]
     # Also what was saved: a hook (save_on_cpu) may have given it other strides.
     rows, r2, r3 = (t.contiguous(memory_format=torch.channels_last) for t in (x, r2, r3))
     mask, pooled, codes = mask.contiguous(), pooled.contiguous(), codes.contiguous()
-    block.backward(grad_out, rows, params, block.Saved(r2, r3, mask, pooled, codes), grads)
-    if all(grad is None or grad.stride() == t.stride() for grad, t in zip(grads, inputs, strict=True)):
-        return grads  # nearly always, and what follows costs the host more than this
-    return _finish(grads, inputs)
+    launched, allocated = block.backward(grad_out, rows, params, block.Saved(r2, r3, mask, pooled, codes), grads)
+    if any(grad is not None and grad.stride() != t.stride() for grad, t in zip(grads, inputs, strict=True)):
+        return _finish(grads, inputs)
+    if known is not None:
+        known.backward[key] = replay.record(launched, operands, [*grads, *allocated], grads)
+    return grads
 
 
 def _empty_gradient(t: Tensor) -> Tensor:
@@ -247,10 +269,12 @@ def _empty_gradient(t: Tensor) -> Tensor:
 
 
 torch.library.impl("fastinception::aten_backward", "default")(
-    lambda *args: _without_none(_aten_gradients(*args), like=args[0])
+    lambda *args: _without_none(aten_gradients(*args), like=args[0])
 )
 torch.library.impl("fastinception::triton_backward", "default")(
-    lambda *args: _without_none(_triton_gradients(*args), like=args[0])
+    lambda *args: _without_none(
+        triton_gradients(replay.known("backward", *replay.facts(args[:19], args[2:14:2])), *args), like=args[0]
+    )
 )
 
 
@@ -283,7 +307,7 @@ def _register_derivative(backend: str, extra: int) -> None:
             return (None,) * (13 + extra)
         if not ctx.saves:
             raise RuntimeError(f"fastinception::{backend}_forward kept nothing for its backward: save must be True")
-        grads = _DIFFERENTIATED[backend](grad_out, ctx.saved_tensors, list(ctx.needs_input_grad[:13]))
+        grads = DIFFERENTIATED[backend](grad_out, ctx.saved_tensors, list(ctx.needs_input_grad[:13]))
         return *grads, *(None,) * extra
 
     torch.library.register_autograd(f"fastinception::{backend}_forward", backward, setup_context=_setup_forward)
@@ -326,7 +350,7 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
     return tuple(results)
 
 
-_DIFFERENTIATED = {
+DIFFERENTIATED = {
     backend: _differentiate(getattr(torch.ops.fastinception, f"{backend}_backward")) for backend in ("aten", "triton")
 }
 for _backend, _extra in (("aten", 0), ("triton", 2)):
@@ -338,69 +362,3 @@ for _backend, _extra in (("aten", 0), ("triton", 2)):
         f"fastinception::{_backend}_backward",
         lambda grad_out, x, *args: _empty_gradients((x, *args[:12]), args[-1]),
     )
-
-
-class _Inception(torch.autograd.Function):
-    """Call a backend past the dispatcher: to an operator with a derivative the host loses 100 us in each direction."""
-
-    @staticmethod
-    def forward(ctx: Any, backend: str, x: Tensor, *params: Tensor) -> Tensor:
-        out, *saved = _aten_forward(x, *params) if backend == "aten" else _triton_forward(x, *params, True)
-        ctx.backend = backend
-        ctx.save_for_backward(x, *params, *saved)
-        ctx.set_materialize_grads(False)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_out is None:
-            return (None,) * 14
-        needs = list(ctx.needs_input_grad[1:])
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or watched() or _only_dispatched(grad_out):
-            grads = _DIFFERENTIATED[ctx.backend](grad_out, ctx.saved_tensors, needs)
-        elif ctx.backend == "aten":
-            grads = _aten_gradients(grad_out, *ctx.saved_tensors, needs)
-        else:
-            grads = _triton_gradients(grad_out, *ctx.saved_tensors, needs)
-        return None, *grads
-
-
-def _only_dispatched(t: Tensor) -> bool:
-    """Tell whether the memory of ``t`` is not what it stands for: batched (is_grads_batched), negated, known zeros."""
-    return bool(torch._C._functorch.is_legacy_batchedtensor(t) or t.is_neg() or t._is_zerotensor())
-
-
-def watched() -> bool:
-    """Tell whether a dispatch mode, a trace or a transform meets the operators: then the block has to be one."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-def run(backend: str, x: Tensor, params: Sequence[Tensor], needs_grad: bool, relu: bool = True) -> Tensor:
-    """Return the block of ``x`` by ``"aten"`` or ``"triton"``, with its derivative where ``needs_grad`` says so.
-
-    By Triton and without a derivative also without ``relu``.
-    """
-    if not relu and (needs_grad or backend == "aten"):
-        raise ValueError("only Triton's forward comes without ReLU")
-    if not watched() and not any(map(Tensor.is_neg, (x, *params))):
-        if needs_grad:
-            return cast(Tensor, _Inception.apply(backend, x, *params))
-        if backend == "triton":
-            return plan(x, params, relu)[0]
-    flags = (needs_grad, relu) if backend == "triton" else ()
-    out, *_ = getattr(torch.ops.fastinception, f"{backend}_forward")(x, *params, *flags)
-    return cast(Tensor, out)
-
-
-def plan(x: Tensor, params: Sequence[Tensor], relu: bool) -> tuple[Tensor, Any]:
-    """Return the block of ``x`` by Triton, without a derivative, and the same for the next call like this one.
-
-    The latter, a :class:`fastinception.kernels.block.Call`, is None where there is none.
-    """
-    out = empty_output(x, params)
-    return out, _launches().plan(x, params, out, relu=relu)

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from fastinception.kernels import configs, library, target
 from fastinception.kernels.data_gradient import Gradient, choose_tiles, data_gradient
-from fastinception.kernels.entry import again as launch_entry
 from fastinception.kernels.entry import entry
 from fastinception.kernels.entry_gradient import entry_gradient, pool_gradient
 from fastinception.kernels.epilogue import is_channels_last
+from fastinception.kernels.replay import Launched
 from fastinception.kernels.spatial import Conv, spatial
-from fastinception.kernels.spatial import again as launch_spatial
 from fastinception.kernels.split import Branch, split
 from fastinception.kernels.split import parts as split_parts
 from fastinception.kernels.weight_gradient import Division, Product, Sum, add_up, divide, weight_gradient
@@ -78,17 +77,16 @@ def _dense(p: Tensor) -> Tensor:
     return p.contiguous(memory_format=torch.channels_last) if spatial_weight else p.contiguous()
 
 
-Launches = tuple[configs.Launch, configs.Launch]
-
-
-def forward(x: Tensor, params: Sequence[Tensor], out: Tensor, saved: Saved, *, relu: bool = True) -> Launches | None:
+def forward(
+    x: Tensor, params: Sequence[Tensor], out: Tensor, saved: Saved, *, relu: bool = True
+) -> list[Launched | None]:
     """Write the block of ``x`` to ``out``, ``[N, c1 + c2[1] + c3[1] + c4, H, W]``, and what is ``saved``.
 
-    Without ``relu`` there is none behind any convolution, and no backward for it. Returns the two launches, None where
-    it is not two.
+    Without ``relu`` there is none behind any convolution, and no backward for it. Returns what was launched, None for
+    what the library did.
     """
     if x.numel() == 0:
-        return None
+        return []
     w1, b1, w21, b21, w22, b22, w31, b31, w32, b32, w42, b42 = _operands(params)
     c1, c2, c3, _ = branches = widths(params)
     _, mask2, mask3, mask4, _ = mask_columns(branches)
@@ -102,41 +100,7 @@ def forward(x: Tensor, params: Sequence[Tensor], out: Tensor, saved: Saved, *, r
         Conv(r2, w22, b22, column=c1, mask_column=mask2, padding=(1, 1)),
         Conv(r3, w32, b32, column=c1 + c2, mask_column=mask3, padding=(2, 2)),
     ]
-    level1 = spatial(level, out, saved.mask, relu=relu)
-    return None if level1 is None else (level0, level1)
-
-
-class Call(NamedTuple):
-    """An inference call's forward with all that is decided: for operands that are alike but for their numbers.
-
-    Alike are shapes, strides, dtypes and devices of ``x`` and the params, and whether weights start at 16 bytes.
-    """
-
-    places: tuple[tuple[torch.Size, tuple[int, ...]], ...]  # shape and strides of out, r2 and r3
-    level0: configs.Launch
-    level1: configs.Launch
-
-    def __call__(self, x: Tensor, params: Sequence[Tensor]) -> Tensor:
-        """Return the block of ``x``."""
-        w1, b1, w21, b21, w22, b22, w31, b31, w32, b32, w42, b42 = params
-        out, r2, r3 = [x.new_empty_strided(*place) for place in self.places]
-        with target.device_of(x):
-            launch_entry(self.level0, x, (w1, w21, w31), (b1, b21, b31), out, (r2, r3), w42, b42, None, None, None)
-            launch_spatial(self.level1, (r2, r3), (w22, w32), (b22, b32), out, None)
-        return out
-
-
-def plan(x: Tensor, params: Sequence[Tensor], out: Tensor, *, relu: bool = True) -> Call | None:
-    """Write the block of ``x`` to ``out``, and return the same for the next call with operands like these.
-
-    None where that takes more than the two launches: operands to be copied first, or the library.
-    """
-    saved = empty_saved(x, params, save=False)
-    launches = forward(x, params, out, saved, relu=relu)
-    copied = any(own is not p for own, p in zip(_operands(params), params, strict=True))
-    if launches is None or copied or not is_channels_last(x):
-        return None
-    return Call(tuple([(t.shape, t.stride()) for t in (out, saved.r2, saved.r3)]), *launches)
+    return [level0, spatial(level, out, saved.mask, relu=relu)]
 
 
 # The branches with a spatial convolution, and where its weight is among x and the twelve parameters.
@@ -254,10 +218,11 @@ def _plan(
 
 def backward(
     grad_out: Tensor, x: Tensor, params: Sequence[Tensor], saved: Saved, grads: Sequence[Tensor | None]
-) -> None:
+) -> tuple[list[Launched | None], list[Tensor | None]]:
     """Write the gradients of ``x`` and of the twelve params to ``grads``; None is not computed.
 
-    Nothing is added by atomics: the same input gives the same bits.
+    Nothing is added by atomics: the same input gives the same bits. Returns what was launched, None for what the
+    library did, and what was allocated.
 
     Args:
         grad_out: ``[N, c1 + c2[1] + c3[1] + c4, H, W]``, any strides; never written.
@@ -285,24 +250,27 @@ def backward(
     masked: list[Any] = [merged, *map(empty, plan.widths)]
     sums_dtype = torch.float64 if dtype is torch.float64 else torch.float32
     partials = torch.empty(plan.partials, dtype=sums_dtype, device=device)
+    launched: list[Launched | None] = []
     if plan.branches:
-        split(grad_out, mask, plan.branches, [masked[i] for i in plan.branch_of], partials)
+        launched.append(split(grad_out, mask, plan.branches, [masked[i] for i in plan.branch_of], partials))
     if plan.gradients:
         operands = {1: (w22, r2, merged), 2: (w32, r3, merged), 3: (w42, None, grad_pooled)}
         weights, actives, outs = zip(*[operands[i] for i in plan.gradient_of], strict=True)
         grads_of = [masked[i] for i in plan.gradient_of]
-        data_gradient(plan.gradients, grads_of, weights, actives, outs, size, partials, plan.tiles)
+        launched.append(data_gradient(plan.gradients, grads_of, weights, actives, outs, size, partials, plan.tiles))
     if (grad_x := grads[0]) is not None:
         assert merged is not None
         assert grad_pooled is not None
-        pool_gradient(grad_pooled, codes, grad_x)
-        entry_gradient(merged, (w1, w21, w31), grad_x)
+        launched.append(pool_gradient(grad_pooled, codes, grad_x))
+        launched.append(entry_gradient(merged, (w1, w21, w31), grad_x))
     sources = (x, r2, r3, pooled)
     for i in plan.library:
         library.weight_gradient(masked[i], sources[i], grads[SPATIAL[i]])
+        launched.append(None)
     if plan.division is not None:
         grads_of, xs = [masked[i] for i in plan.product_of], [sources[i] for i in plan.product_of]
-        weight_gradient(plan.products, grads_of, xs, size, plan.division, partials)
+        launched.append(weight_gradient(plan.products, grads_of, xs, size, plan.division, partials))
     if plan.sums:
         results: list[Any] = [grads[i] for i in plan.sum_of]
-        add_up(plan.sums, results, partials)
+        launched.append(add_up(plan.sums, results, partials))
+    return launched, [*masked, grad_pooled, partials]

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastinception.kernels import configs, target
+from fastinception.kernels import configs, replay, target
 from fastinception.kernels.epilogue import follow_predecessor
+from fastinception.kernels.replay import Launched
 from fastinception.kernels.spatial import implicit_gemm
 
 
@@ -91,7 +92,7 @@ def data_gradient(
     shape: tuple[int, int, int],
     partials: Tensor,
     tiles: configs.Tiles,
-) -> None:
+) -> Launched:
     """Launch on the gradients' device and current stream.
 
     Args:
@@ -110,8 +111,8 @@ def data_gradient(
     gpu = target.gpu(partials.device)
     launch = _launch(gradients, shape, tiles, gpu, target.input_precision(weights[0].dtype, gpu))
     with target.device_of(partials):
-        _data_gradient_kernel[launch.grid](
-            tuple(grads), tuple(weights), tuple(actives), tuple(outs), partials, *launch.sizes, **launch.constants
+        return replay.launch(
+            _data_gradient_kernel, launch, tuple(grads), tuple(weights), tuple(actives), tuple(outs), partials
         )
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastinception.kernels import configs, target
+from fastinception.kernels import configs, replay, target
 from fastinception.kernels.epilogue import (
     bias_relu,
     choosable,
@@ -18,6 +18,7 @@ from fastinception.kernels.epilogue import (
     out_strides,
     store_active,
 )
+from fastinception.kernels.replay import Launched
 
 
 @triton.jit
@@ -251,8 +252,8 @@ def entry(
     relu: bool = True,
     tiles: configs.Tiles | None = None,
     part: str | None = None,
-) -> configs.Launch:
-    """Launch level 0 on ``x``'s device and current stream, and return what :func:`again` needs beside its tensors.
+) -> Launched:
+    """Launch level 0 on ``x``'s device and current stream.
 
     Args:
         x: ``[N, K, H, W]``, contiguous in channels_last: a row-major matrix ``[M, K]`` with ``M = N*H*W``.
@@ -283,13 +284,10 @@ def entry(
         gpu, target.input_precision(x.dtype, gpu), relu, tiles, part,
     )  # fmt: skip
     with target.device_of(x):
-        again(launch, x, tuple(weights), tuple(biases), out, tuple(denses), pool_weight, pool_bias, mask, pooled, codes)
-    return launch
-
-
-def again(launch: configs.Launch, *tensors: Tensor | tuple[Tensor, ...] | None) -> None:
-    """Launch level 0 on the current device as before, on tensors of the same shapes, strides and alignment."""
-    _entry_kernel[launch.grid](*tensors, *launch.sizes, **launch.constants)
+        return replay.launch(
+            _entry_kernel, launch, x, tuple(weights), tuple(biases), out, tuple(denses), pool_weight, pool_bias,
+            mask, pooled, codes,
+        )  # fmt: skip
 
 
 @configs.cached

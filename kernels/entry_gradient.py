@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastinception.kernels import configs, target
+from fastinception.kernels import configs, replay, target
 from fastinception.kernels.epilogue import choosable, follow_predecessor, is_channels_last, out_strides
+from fastinception.kernels.replay import Launched
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def _entry_gradient_kernel(
     tl.store(out, acc, mask=mask)
 
 
-def pool_gradient(grad: Tensor, codes: Tensor, out: Tensor) -> None:
+def pool_gradient(grad: Tensor, codes: Tensor, out: Tensor) -> Launched:
     """Write the gradient of ``max_pool2d(x, 3, 1, 1)`` to ``out``, on its device and current stream.
 
     Args:
@@ -102,7 +103,7 @@ def pool_gradient(grad: Tensor, codes: Tensor, out: Tensor) -> None:
     """
     launch = _pool_launch(out.shape, is_channels_last(out), target.gpu(out.device))
     with target.device_of(out):
-        _pool_gradient_kernel[launch.grid](grad, codes, out, *launch.sizes, **launch.constants)
+        return replay.launch(_pool_gradient_kernel, launch, grad, codes, out)
 
 
 @configs.cached
@@ -116,7 +117,9 @@ def _pool_launch(shape: torch.Size, channels_last: bool, gpu: target.Gpu) -> con
     )  # fmt: skip
 
 
-def entry_gradient(grad: Tensor, weights: Sequence[Tensor], out: Tensor, *, tiles: configs.Tiles | None = None) -> None:
+def entry_gradient(
+    grad: Tensor, weights: Sequence[Tensor], out: Tensor, *, tiles: configs.Tiles | None = None
+) -> Launched:
     """Add the data gradient of the 1x1 convolutions that read x to ``out``, on its device and current stream.
 
     Args:
@@ -134,7 +137,7 @@ def entry_gradient(grad: Tensor, weights: Sequence[Tensor], out: Tensor, *, tile
         gpu, target.input_precision(out.dtype, gpu), tiles,
     )  # fmt: skip
     with target.device_of(out):
-        _entry_gradient_kernel[launch.grid](grad, tuple(weights), out, *launch.sizes, **launch.constants)
+        return replay.launch(_entry_gradient_kernel, launch, grad, tuple(weights), out)
 
 
 @configs.cached

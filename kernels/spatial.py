@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastinception.kernels import configs, target
+from fastinception.kernels import configs, replay, target
 from fastinception.kernels.epilogue import bias_relu, follow_predecessor, is_channels_last, out_strides, store_active
 from fastinception.kernels.library import library
+from fastinception.kernels.replay import Launched
 
 
 class Geometry(NamedTuple):
@@ -160,10 +161,8 @@ def spatial(
     *,
     relu: bool = True,
     tiles: configs.Tiles | None = None,
-) -> configs.Launch | None:
-    """Launch level 1 on ``out``'s device and current stream.
-
-    Returns what :func:`again` needs beside its tensors, None where the library computes.
+) -> Launched | None:
+    """Launch level 1 on ``out``'s device and current stream. Returns None where the library computes.
 
     Args:
         convs: convolutions whose inputs share ``[N, :, H, W]`` and whose outputs share ``[N, :, OUT_H, OUT_W]``.
@@ -190,13 +189,7 @@ def spatial(
         return None
     xs, weights, biases = (tuple([conv[i] for conv in convs]) for i in range(3))
     with target.device_of(out):
-        again(launch, xs, weights, biases, out, mask)
-    return launch
-
-
-def again(launch: configs.Launch, *tensors: Tensor | tuple[Tensor, ...] | None) -> None:
-    """Launch level 1 on the current device as before, on tensors of the same shapes, strides and alignment."""
-    _spatial_kernel[launch.grid](*tensors, *launch.sizes, **launch.constants)
+        return replay.launch(_spatial_kernel, launch, xs, weights, biases, out, mask)
 
 
 @configs.cached

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastinception.kernels import configs, target
+from fastinception.kernels import configs, replay, target
+from fastinception.kernels.replay import Launched
 
 
 class Branch(NamedTuple):
@@ -84,7 +85,9 @@ def parts(rows: int, gpu: target.Gpu) -> int:
     return configs.tiles(rows, config.steps * config.block_m)
 
 
-def split(grad: Tensor, mask: Tensor, branches: tuple[Branch, ...], outs: Sequence[Tensor], partials: Tensor) -> None:
+def split(
+    grad: Tensor, mask: Tensor, branches: tuple[Branch, ...], outs: Sequence[Tensor], partials: Tensor
+) -> Launched:
     """Launch on ``grad``'s device and current stream.
 
     Args:
@@ -97,7 +100,7 @@ def split(grad: Tensor, mask: Tensor, branches: tuple[Branch, ...], outs: Sequen
     """
     launch = _launch(branches, grad.shape, grad.stride(), mask.shape[1], target.gpu(grad.device))
     with target.device_of(grad):
-        _split_kernel[launch.grid](grad, mask, tuple(outs), partials, *launch.sizes, **launch.constants)
+        return replay.launch(_split_kernel, launch, grad, mask, tuple(outs), partials)
 
 
 @configs.cached

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastinception.kernels import configs, target
+from fastinception.kernels import configs, replay, target
 from fastinception.kernels.epilogue import follow_predecessor
+from fastinception.kernels.replay import Launched
 from fastinception.kernels.spatial import taps_inside
 
 
@@ -194,7 +195,7 @@ def weight_gradient(
     shape: tuple[int, int, int],
     division: Division,
     partials: Tensor,
-) -> None:
+) -> Launched:
     """Launch the products on the partials' device and current stream.
 
     Args:
@@ -211,7 +212,7 @@ def weight_gradient(
     gpu = target.gpu(partials.device)
     launch = _launch(products, shape, division, gpu, target.input_precision(xs[0].dtype, gpu))
     with target.device_of(partials):
-        _weight_gradient_kernel[launch.grid](tuple(grads), tuple(xs), partials, *launch.sizes, **launch.constants)
+        return replay.launch(_weight_gradient_kernel, launch, tuple(grads), tuple(xs), partials)
 
 
 @configs.cached
@@ -228,14 +229,14 @@ def _launch(
     )  # fmt: skip
 
 
-def add_up(sums: tuple[Sum, ...], outs: Sequence[Tensor], partials: Tensor) -> None:
+def add_up(sums: tuple[Sum, ...], outs: Sequence[Tensor], partials: Tensor) -> Launched:
     """Launch the sums of all partial sums on the partials' device and current stream, each rounded once.
 
     Each of ``outs`` gets as many elements as its sum has, in the order of its memory.
     """
     launch = _sum_launch(sums, target.gpu(partials.device))
     with target.device_of(partials):
-        _sum_kernel[launch.grid](partials, tuple(outs), *launch.sizes, **launch.constants)
+        return replay.launch(_sum_kernel, launch, partials, tuple(outs))
 
 
 @configs.cached

@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastinception import ops
+from fastinception import eager, ops
 from fastinception.functional import inception
 from fastinception.kernels import target
 
@@ -634,4 +634,4 @@ def test_only_triton_comes_without_relu():
     with pytest.raises(ValueError, match="only Triton"):
         torch.ops.fastinception.inception_out(*tensors, "aten", out, False)
     with pytest.raises(ValueError, match="only Triton"):
-        ops.run("aten", tensors[0], tensors[1:], needs_grad=False, relu=False)
+        eager.run("aten", tensors[0], tensors[1:], needs_grad=False, relu=False)

@@ -1,0 +1,83 @@
+"""Run a backend in eager mode past PyTorch's dispatcher, wherever nothing has to see an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastinception import ops
+from fastinception.kernels import replay
+
+
+class _Inception(torch.autograd.Function):
+    """Call a backend past the dispatcher: to an operator with a derivative the host loses 100 us in each direction."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, known: replay.Known | None, x: Tensor, *params: Tensor) -> Any:
+        if backend == "aten":
+            out, *saved = ops.aten_forward(x, *params)
+        else:
+            out, *saved = cast(tuple[Tensor, ...], ops.launch_forward(known, x, params, True, True))
+        ctx.backend, ctx.known = backend, known
+        ctx.save_for_backward(x, *params, *saved)
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * 15
+        needs = list(ctx.needs_input_grad[2:])
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or watched() or _only_dispatched(grad_out):
+            grads = ops.DIFFERENTIATED[ctx.backend](grad_out, ctx.saved_tensors, needs)
+        elif ctx.backend == "aten":
+            grads = ops.aten_gradients(grad_out, *ctx.saved_tensors, needs)
+        else:
+            grads = ops.triton_gradients(ctx.known, grad_out, *ctx.saved_tensors, needs)
+        return None, None, *grads
+
+
+def _only_dispatched(t: Tensor) -> bool:
+    """Tell whether the memory of ``t`` is not what it stands for: batched (is_grads_batched), negated, known zeros."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(t) or t.is_neg() or t._is_zerotensor())
+
+
+def watched() -> bool:
+    """Tell whether a dispatch mode, a trace or a transform meets the operators: then the block has to be one."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def run(backend: str, x: Tensor, params: Sequence[Tensor], needs_grad: bool, relu: bool = True) -> Tensor:
+    """Return the block of ``x`` by ``"aten"`` or ``"triton"``, with its derivative where ``needs_grad`` says so.
+
+    By Triton and without a derivative also without ``relu``.
+    """
+    if not relu and (needs_grad or backend == "aten"):
+        raise ValueError("only Triton's forward comes without ReLU")
+    if not watched() and not any(map(Tensor.is_neg, (x, *params))):
+        if backend == "triton":
+            return run_known(None, x, params, needs_grad, relu)
+        if needs_grad:
+            return cast(Tensor, _Inception.apply("aten", None, x, *params))
+    flags = (needs_grad, relu) if backend == "triton" else ()
+    out, *_ = getattr(torch.ops.fastinception, f"{backend}_forward")(x, *params, *flags)
+    return cast(Tensor, out)
+
+
+def run_known(known: replay.Known | None, x: Tensor, params: Sequence[Tensor], needs_grad: bool, relu: bool) -> Tensor:
+    """Return the block of ``x`` by Triton, past the dispatcher, and add to what is ``known`` of such calls.
+
+    The caller has seen to it that nothing watches.
+    """
+    if needs_grad:
+        return cast(Tensor, _Inception.apply("triton", known, x, *params))
+    return cast(Tensor, ops.launch_forward(known, x, params, False, relu)[0])

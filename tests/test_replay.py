@@ -1,0 +1,388 @@
+"""Calls like an earlier one: their checks and their launches are known, in inference and in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastinception import Inception, functional
+from fastinception.functional import inception
+from fastinception.kernels import block as launches
+from fastinception.kernels import configs, replay, target
+
+DEVICE = "cpu" if target.unsupported(torch.device("cpu"), torch.float64) is None else "cuda"
+HAS_TRITON = target.unsupported(torch.device(DEVICE), torch.float32) is None
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.*"),
+    pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot run here"),
+]
+MODES = pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+
+
+NAMES = [f"{name}.{kind}" for name in ("p1_1", "p2_1", "p2_2", "p3_1", "p3_2", "p4_2") for kind in ("weight", "bias")]
+
+
+def call(net: Inception, x: Tensor, train: bool, **options: Any) -> list[Tensor]:
+    """Return the block of ``x``, and its gradients if ``train``, by Triton."""
+    return results(net, x, train, lambda x, params: inception(x, params, backend="triton", **options))
+
+
+def truth(net: Inception, x: Tensor, train: bool) -> list[Tensor]:
+    return results(net, x, train, lambda x, params: net(x))
+
+
+def params_of(net: Inception) -> list[Tensor]:
+    return [net.get_parameter(name) for name in NAMES]  # parameters() leaves a tied one out
+
+
+def results(net: Inception, x: Tensor, train: bool, function: Any) -> list[Tensor]:
+    x, params = x.detach(), params_of(net)
+    with torch.set_grad_enabled(train):
+        y = function(x.requires_grad_(train), params)
+    if not train:
+        return [y]
+    torch.manual_seed(1)
+    upstream = torch.randn(y.shape, dtype=y.dtype).to(DEVICE).contiguous(memory_format=torch.channels_last)
+    return [y.detach(), *torch.autograd.grad(y, [x, *params], upstream)]
+
+
+def close(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    rtol, atol = (2e-2, 4e-3) if ours[0].dtype is torch.float16 else (1e-4, 1e-5)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
+
+
+def known_of(net: Inception, x: Tensor, train: bool) -> replay.Known | None:
+    with torch.set_grad_enabled(train):
+        return functional._known(x.detach().requires_grad_(train), params_of(net), "triton", train, True)
+
+
+def is_known(net: Inception, x: Tensor, train: bool) -> bool:
+    known = known_of(net, x, train)
+    return known is not None and known.forward is not None
+
+
+@pytest.fixture
+def planned():
+    """A block and an input with which one call was made in inference and one in training."""
+    configs.forget()
+    torch.manual_seed(0)
+    net = Inception(7, 5, (3, 9), (2, 6), 4).to(DEVICE, memory_format=torch.channels_last)
+    x = torch.randn(3, 7, 4, 5, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    for train in (False, True):
+        call(net, x, train)
+    yield net, x
+    configs.forget()
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every call fail that is not replayed."""
+    monkeypatch.setattr(functional, "_select", lambda *args: pytest.fail("a known call was checked again"))
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(launches, name, lambda *args, **kwargs: pytest.fail("a known call was planned again"))
+
+
+@MODES
+def test_a_known_call_goes_straight_to_its_launches(planned, train, monkeypatch):
+    net, x = planned
+    expected = [truth(net, t, train) for t in (x, -x)]
+    forbid(monkeypatch)
+    ours = [call(net, t, train) for t in (x, -x)]  # other numbers; the first results stay as they are
+    for one, other in zip(ours, expected, strict=True):
+        close(one, other)
+        assert [t.stride() for t in one] == [t.stride() for t in other]
+
+
+def test_a_known_call_keeps_to_inference_mode(planned, monkeypatch):
+    net, x = planned
+    forbid(monkeypatch)
+    with torch.inference_mode():
+        assert inception(x, list(net.parameters()), backend="triton").is_inference()
+    with torch.no_grad():
+        assert not inception(x, list(net.parameters()), backend="triton").is_inference()
+
+
+@MODES
+def test_a_known_call_follows_the_parameters(planned, train):
+    net, x = planned
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(1.5)
+    close(call(net, x, train), truth(net, x, train))
+    net.p1_1 = torch.nn.Conv2d(7, 5, 1).to(DEVICE, memory_format=torch.channels_last)
+    close(call(net, x, train), truth(net, x, train))
+
+
+def misaligned(t: Tensor) -> Tensor:
+    storage = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
+    return storage[1:].as_strided(t.shape, t.stride()).copy_(t)
+
+
+@MODES
+@pytest.mark.parametrize(
+    "change", ["batch", "layout", "slice", "width", "weights' layout", "expanded bias", "misaligned weight", "float16"]
+)
+def test_another_call_is_not_taken_for_a_known_one(planned, change, train):
+    net, x = planned
+    if change == "batch":
+        x = torch.cat((x, x))
+    elif change == "layout":
+        x = x.contiguous()
+    elif change == "slice":
+        x = torch.cat((x, x), dim=1).contiguous(memory_format=torch.channels_last)[:, :7]
+    elif change == "width":
+        net.p1_1.weight.data, net.p1_1.bias.data = net.p1_1.weight.data[:3], net.p1_1.bias.data[:3]
+    elif change == "weights' layout":
+        net.p2_2.weight.data = net.p2_2.weight.data.contiguous()
+    elif change == "expanded bias":
+        net.p2_2.bias.data = torch.ones(1, device=DEVICE).expand(9)
+    elif change == "misaligned weight":
+        net.p2_1.weight.data = misaligned(net.p2_1.weight.data)
+    else:
+        net, x = net.half(), x.half()
+    assert not is_known(net, x, train)
+    for _ in range(2):  # planned, then known
+        ours = call(net, x, train)
+        close(ours, truth(net, x, train))
+        assert ours[0].is_contiguous(
+            memory_format=torch.contiguous_format if change == "layout" else torch.channels_last
+        )
+
+
+@MODES
+def test_tied_parameters_are_no_rule_for_others(planned, train):
+    _, x = planned
+    net = Inception(7, 5, (3, 9), (3, 9), 4).to(DEVICE)
+    other = Inception(7, 5, (3, 9), (3, 9), 4).to(DEVICE)
+    net.p3_1.weight = net.p2_1.weight
+    for _ in range(2):
+        for one in (net, other):
+            close(call(one, x, train), truth(one, x, train))
+
+
+@MODES
+@pytest.mark.parametrize("wrong", ["dtype", "channels", "width", "device", "backend"])
+def test_a_bad_call_is_an_error_after_a_known_one(planned, wrong, train):
+    net, x = planned
+    params = params_of(net)
+    backend = "Triton" if wrong == "backend" else "triton"
+    if wrong == "dtype":
+        params[4] = params[4].double()
+    elif wrong == "channels":
+        x = torch.randn(3, 8, 4, 5, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    elif wrong == "width":
+        params[3] = params[3][:2]
+    elif wrong == "device":
+        params[2] = params[2].to("meta")
+    with torch.set_grad_enabled(train), pytest.raises((TypeError, ValueError)):
+        inception(x, params, backend=backend)
+
+
+@MODES
+def test_what_watches_a_call_meets_it_after_a_known_one(planned, train):
+    net, x = planned
+    params = [p.detach().requires_grad_(train) for p in params_of(net)]
+
+    def run(x: Tensor) -> Tensor:
+        return inception(x, params, backend="triton")
+
+    expected = net(x).detach()
+    stacked = torch.stack((x, -x))
+    torch.testing.assert_close(torch.vmap(run)(stacked), torch.stack((expected, net(-x))))
+    _, tangent = torch.func.jvp(run, (x,), (x,))
+    torch.testing.assert_close(tangent, torch.func.jvp(net, (x,), (x,))[1])
+    with torch.autograd.forward_ad.dual_level():
+        dual = run(torch.autograd.forward_ad.make_dual(x, x))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
+    assert inception(x, params_of(net), backend="triton").requires_grad
+    assert run(x.detach().requires_grad_()).requires_grad
+    torch.testing.assert_close(run(torch._neg_view(-x)), expected)
+    relus = [bool(inception(x, params, backend="triton", activation=a).min() >= 0) for a in 2 * ("relu", "none")]
+    assert relus == [True, False, True, False]
+
+
+@MODES
+def test_a_call_under_autocast_is_known_too(planned, train, monkeypatch):
+    net, x = planned
+    net.half()
+    expected = call(net, x.half(), train)
+    net.float()
+    with torch.autocast(DEVICE, torch.float16):
+        call(net, -x, train)
+        forbid(monkeypatch)
+        y, *grads = call(net, x, train)
+    assert y.dtype is torch.float16
+    torch.testing.assert_close(y, expected[0], rtol=0, atol=0)
+    for ours, theirs in zip(grads, expected[1:], strict=True):
+        torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("special", ["library", "library's gradients", "empty"])
+@MODES
+def test_what_takes_more_than_launches_is_never_replayed(planned, special, train, monkeypatch):
+    net, x = planned
+    tiles = configs.Tiles(32, 32, 16, num_warps=4, num_stages=1, library=True)
+    if special == "library":
+        for kernel in ("spatial", "spatial_train"):
+            monkeypatch.setitem(configs.DEFAULTS, kernel, lambda dtype, chip: tiles)
+    elif special == "library's gradients":
+        monkeypatch.setitem(configs.DEFAULTS, "weight_gradient", lambda dtype, chip: tiles)
+    else:
+        x = x[:0]
+    configs.forget()
+    for _ in range(2):
+        close(call(net, x, train), truth(net, x, train))
+    known = known_of(net, x, train)
+    if special == "library's gradients":
+        assert known.forward is not None
+        assert list(known.backward.values()) == [None] * train
+    else:
+        assert known.forward is None
+
+
+def test_known_calls_are_forgotten_with_their_tiles(planned):
+    net, x = planned
+    for train in (False, True):
+        assert is_known(net, x, train)
+    configs.forget()
+    for train in (False, True):
+        assert not is_known(net, x, train)
+
+
+# What may be another in a backward than in those before it.
+
+
+@pytest.mark.parametrize("upstream", ["contiguous", "expanded", "transposed", "channels_last"])
+def test_a_known_backward_is_not_taken_for_another_gradients_strides(planned, upstream):
+    net, x = planned
+    grad = torch.randn(3, 24, 4, 5, device=DEVICE)
+    if upstream == "expanded":
+        grad = torch.randn(1, device=DEVICE).expand(3, 24, 4, 5)
+    elif upstream == "transposed":
+        grad = torch.randn(3, 24, 5, 4, device=DEVICE).transpose(2, 3)
+    elif upstream == "channels_last":
+        grad = grad.contiguous(memory_format=torch.channels_last)
+    ours, theirs = inception(x.requires_grad_(), params_of(net), backend="triton"), net(x)
+    for _ in range(2):
+        grads = [torch.autograd.grad(y, [x, *params_of(net)], grad, retain_graph=True) for y in (ours, theirs)]
+        close(*map(list, grads))
+
+
+@pytest.mark.parametrize("wanted", [[0], [1, 2], [5, 12], [0, 3, 11]])
+def test_a_known_backward_is_not_taken_for_one_that_needs_others(planned, wanted):
+    net, x = planned
+    inputs = [x, *params_of(net)]
+    for i, t in enumerate(inputs):
+        t.requires_grad_(i in wanted)
+    ours, theirs = inception(x, inputs[1:], backend="triton"), net(x)
+    upstream = torch.randn_like(theirs)
+    for _ in range(2):
+        grads = [
+            torch.autograd.grad(y, [inputs[i] for i in wanted], upstream, retain_graph=True) for y in (ours, theirs)
+        ]
+        close(*map(list, grads))
+    assert len(functional._known(x, inputs[1:], "triton", True, True).backward) == 2
+
+
+@pytest.mark.parametrize("unpacked", ["copies", "transposed", "misaligned"])
+def test_what_hooks_make_of_saved_tensors(planned, unpacked):
+    """Whoever saves them elsewhere may give them back with other strides."""
+    net, x = planned
+
+    def unpack(t: Tensor) -> Tensor:
+        if unpacked == "copies":
+            return t.clone()
+        if unpacked == "misaligned":
+            return misaligned(t)
+        return t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t
+
+    expected = truth(net, x, True)
+    for _ in range(2):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), unpack):
+            close(call(net, x, True), expected)
+        close(call(net, x, True), expected)
+
+
+def test_a_second_derivative_after_a_known_first(planned):
+    net, x = planned
+    x.requires_grad_()
+    seconds = []
+    for y in (inception(x, params_of(net), backend="triton"), net(x)):
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        seconds.append(list(torch.autograd.grad(first.square().sum(), [x, *params_of(net)])))
+    close(*seconds)
+
+
+def test_the_operators_are_replayed_too(planned, monkeypatch):
+    net, x = planned
+    forward, backward = torch.ops.fastinception.triton_forward, torch.ops.fastinception.triton_backward
+    params, needs = [p.detach() for p in params_of(net)], [True] * 13
+
+    def run(x: Tensor) -> list[Tensor]:
+        out, *saved = forward(x, *params, True)
+        return [out, *backward(torch.ones_like(out), x, *params, *saved, needs), forward(x, *params, False)[0]]
+
+    x = x.detach()
+    planned, expected = run(x), run(-x)
+    forbid(monkeypatch)
+    for ours, theirs in zip((run(x), run(-x)), (planned, expected), strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
+# What can be recorded.
+
+
+class Kernel:
+    """Remember what it was launched on."""
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        return self.launch
+
+    def launch(self, *args: Any, **constants: Any) -> None:
+        self.args, self.constants = args, constants
+
+
+def test_a_replay_launches_on_the_operands_and_on_memory_of_its_own():
+    kernel, launch = Kernel(), configs.launch(3, (1, 2), BLOCK=4)
+    a, b = torch.zeros(2, device=DEVICE), torch.zeros(3, device=DEVICE)
+    out, scratch = (
+        torch.zeros(2, 3, 4, 5, device=DEVICE).permute(0, 3, 1, 2),
+        torch.zeros(7, dtype=torch.uint8, device=DEVICE),
+    )
+    launched = [replay.launch(kernel, launch, a, (b,), (out, None, scratch), None)]
+    again = replay.record(launched, [a, b], [out, None, scratch], [out, None])
+    other_a, other_b = a.clone(), b.clone()
+    result, nothing = again(other_a, other_b)
+    assert nothing is None
+    one, (two,), (three, none, four), last, *sizes = kernel.args
+    assert one is other_a
+    assert two is other_b
+    assert three is result
+    assert (none, last, sizes, kernel.constants) == (None, None, [1, 2], {"BLOCK": 4})
+    assert (result.shape, result.stride(), result.dtype) == (out.shape, out.stride(), out.dtype)
+    assert (four.shape, four.dtype) == (scratch.shape, scratch.dtype)
+    assert len({t.data_ptr() for t in (out, scratch, result, four)}) == 4
+
+
+@pytest.mark.parametrize("why", ["nothing launched", "other work", "a copy", "a copy among many", "one tensor twice"])
+def test_what_cannot_be_recorded(why):
+    kernel, launch = Kernel(), configs.launch(3, (1, 2), BLOCK=4)
+    a, b, out, copy = (torch.zeros(2, device=DEVICE) for _ in range(4))
+    launched = [replay.launch(kernel, launch, a, (b, None), out)]
+    assert replay.record(launched, [a, b], [out], [out]) is not None
+    operands = [a, b]
+    if why == "nothing launched":
+        launched = []
+    elif why == "other work":
+        launched.append(None)
+    elif why == "a copy":
+        launched.append(replay.launch(kernel, launch, copy, (b, None), out))
+    elif why == "a copy among many":
+        launched.append(replay.launch(kernel, launch, a, (b, copy), out))
+    else:
+        operands.append(a)
+    assert replay.record(launched, operands, [out], [out]) is None
