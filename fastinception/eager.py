@@ -17,7 +17,7 @@ class _Inception(torch.autograd.Function):
     """Call a backend past the dispatcher: to an operator with a derivative the host loses 100 us in each direction."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, known: replay.Known | None, x: Tensor, *params: Tensor) -> Any:
+    def forward(ctx: Any, backend: str, known: replay.Known, x: Tensor, *params: Tensor) -> Any:
         if backend == "aten":
             out, *saved = ops.aten_forward(x, *params)
         else:
@@ -31,13 +31,13 @@ class _Inception(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * 15
-        needs = list(ctx.needs_input_grad[2:])
+        needs, saved = list(ctx.needs_input_grad[2:]), ctx.saved_tensors
         if torch.is_grad_enabled() or forward_ad._current_level >= 0 or watched() or _only_dispatched(grad_out):
-            grads = ops.DIFFERENTIATED[ctx.backend](grad_out, ctx.saved_tensors, needs)
+            grads = ops.DIFFERENTIATED[ctx.backend](grad_out, saved, needs)
         elif ctx.backend == "aten":
-            grads = ops.aten_gradients(grad_out, *ctx.saved_tensors, needs)
+            grads = ops.aten_gradients(grad_out, *saved, needs)
         else:
-            grads = ops.triton_gradients(ctx.known, grad_out, *ctx.saved_tensors, needs)
+            grads = ops.triton_gradients(ctx.known, grad_out, *saved, needs)
         return None, None, *grads
 
 
@@ -56,28 +56,25 @@ def watched() -> bool:
     )
 
 
-def run(backend: str, x: Tensor, params: Sequence[Tensor], needs_grad: bool, relu: bool = True) -> Tensor:
-    """Return the block of ``x`` by ``"aten"`` or ``"triton"``, with its derivative where ``needs_grad`` says so.
-
-    By Triton and without a derivative also without ``relu``.
-    """
-    if not relu and (needs_grad or backend == "aten"):
-        raise ValueError("only Triton's forward comes without ReLU")
-    if not watched() and not any(map(Tensor.is_neg, (x, *params))):
-        if backend == "triton":
-            return run_known(None, x, params, needs_grad, relu)
-        if needs_grad:
-            return cast(Tensor, _Inception.apply("aten", None, x, *params))
-    flags = (needs_grad, relu) if backend == "triton" else ()
-    out, *_ = getattr(torch.ops.fastinception, f"{backend}_forward")(x, *params, *flags)
-    return cast(Tensor, out)
-
-
-def run_known(known: replay.Known | None, x: Tensor, params: Sequence[Tensor], needs_grad: bool, relu: bool) -> Tensor:
-    """Return the block of ``x`` by Triton, past the dispatcher, and add to what is ``known`` of such calls.
+def run_triton(known: replay.Known, x: Tensor, params: Sequence[Tensor], needs_grad: bool, relu: bool) -> Tensor:
+    """Return the block of ``x`` by Triton; what is ``known`` of such calls serves, and grows.
 
     The caller has seen to it that nothing watches.
     """
     if needs_grad:
         return cast(Tensor, _Inception.apply("triton", known, x, *params))
     return cast(Tensor, ops.launch_forward(known, x, params, False, relu)[0])
+
+
+def run(backend: str, x: Tensor, params: Sequence[Tensor], needs_grad: bool, relu: bool = True) -> Tensor:
+    """Return the block of ``x`` by a backend's operator, or as that would compute it where nothing watches.
+
+    By Triton and without a derivative also without ``relu``.
+    """
+    if not relu and (needs_grad or backend == "aten"):
+        raise ValueError("only Triton's forward comes without ReLU")
+    if backend == "aten" and needs_grad and not watched() and not any(map(Tensor.is_neg, (x, *params))):
+        return cast(Tensor, _Inception.apply("aten", {}, x, *params))
+    flags = (needs_grad, relu) if backend == "triton" else ()
+    out, *_ = getattr(torch.ops.fastinception, f"{backend}_forward")(x, *params, *flags)
+    return cast(Tensor, out)

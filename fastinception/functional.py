@@ -52,11 +52,11 @@ def inception(
     x, params = _cast(x, params)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
     known = _known(x, params, backend, needs_grad, relu) if out is None else None
-    if known is not None and known.forward is not None:
-        return eager.run_known(known, x, params, needs_grad, relu)
+    if known:  # so all is checked
+        return eager.run_triton(known, x, params, needs_grad, relu)
     path = _select(x, params, backend)
     if known is not None and path.name == "triton":
-        return eager.run_known(known, x, params, needs_grad, relu)
+        return eager.run_triton(known, x, params, needs_grad, relu)
     if not relu and (path.name == "aten" or (needs_grad and out is None)):
         path = Path("plain", "only Triton's forward comes without ReLU")
     if out is not None and path.name == "plain":
@@ -74,11 +74,10 @@ def inception(
 
 
 def _known(x: Tensor, params: Sequence[Tensor], backend: str, needs_grad: bool, relu: bool) -> replay.Known | None:
-    """Return what is known of calls like this, nothing at first.
+    """Return what is known of calls like this, nothing at first; None where Triton's launches are out of the question.
 
-    The checks of a call and the choice of its path depend on nothing else, either. None for a call that is never
-    replayed: where Triton is out of the question, x has to be copied first, anything looks at the call, or a tensor's
-    memory is not what it stands for.
+    The checks of a call and the choice of its path depend on nothing else, but where something looks at the call or
+    a tensor's memory is not what it stands for: there is None, too.
     """
     if torch.compiler.is_compiling() or backend == "aten" or (needs_grad and not relu):
         return None
@@ -86,8 +85,6 @@ def _known(x: Tensor, params: Sequence[Tensor], backend: str, needs_grad: bool, 
         return None
     tensors = (x, *params)
     if backends.special_state() or eager.watched() or any(map(Tensor.is_neg, tensors)):
-        return None
-    if not x.is_contiguous(memory_format=torch.channels_last):
         return None
     return replay.known("call", backend, needs_grad, relu, *replay.facts(tensors, params[::2]))
 
@@ -151,12 +148,7 @@ def _cast(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]
 def _check_input(x: Tensor, params: Sequence[Tensor]) -> None:
     """Raise the TypeError or ValueError that says what of ``x`` and ``params`` does not fit, if anything."""
     k, dtype, device = x.shape[1], x.dtype, x.device
-    shapes = [p.shape for p in params]
-    c1, c21, c22, c31, c32, c42 = (shape[0] if shape else 0 for shape in shapes[::2])
-    fitting = [
-        (c1, k, 1, 1), (c1,), (c21, k, 1, 1), (c21,), (c22, c21, 3, 3), (c22,),
-        (c31, k, 1, 1), (c31,), (c32, c31, 5, 5), (c32,), (c42, k, 1, 1), (c42,),
-    ]  # fmt: skip
+    shapes, fitting = [p.shape for p in params], ops.fitting_shapes(x, params)
     dtypes, devices = [p.dtype for p in params], [p.device for p in params]
     if shapes == fitting and dtypes.count(dtype) == devices.count(device) == 12:
         return  # on every call, so in one go; the rest finds words

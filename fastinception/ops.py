@@ -54,6 +54,16 @@ def _widths(params: Sequence[Tensor]) -> tuple[int, int, int, int]:
     return params[0].shape[0], params[4].shape[0], params[8].shape[0], params[10].shape[0]
 
 
+def fitting_shapes(x: Tensor, params: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """Return the shapes of the params that fit ``x`` and the weights' first sizes."""
+    k = x.shape[1]
+    c1, c21, c22, c31, c32, c42 = (weight.shape[0] if weight.shape else 0 for weight in params[::2])
+    return [
+        (c1, k, 1, 1), (c1,), (c21, k, 1, 1), (c21,), (c22, c21, 3, 3), (c22,),
+        (c31, k, 1, 1), (c31,), (c32, c31, 5, 5), (c32,), (c42, k, 1, 1), (c42,),
+    ]  # fmt: skip
+
+
 def output_shape(x: Tensor, params: Sequence[Tensor]) -> tuple[int, int, int, int]:
     """Return the shape of the block's output, ``[N, c1 + c2[1] + c3[1] + c4, H, W]``."""
     return x.shape[0], sum(_widths(params)), x.shape[2], x.shape[3]
@@ -107,17 +117,19 @@ def _triton_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def launch_forward(
-    known: replay.Known | None, x: Tensor, params: Sequence[Tensor], save: bool, relu: bool
+    known: replay.Known, x: Tensor, params: Sequence[Tensor], save: bool, relu: bool
 ) -> Sequence[Tensor | None]:
     """Return the output and what is saved by Triton; what is ``known`` of such calls serves, and grows."""
-    if known is not None and known.forward is not None:
-        return known.forward(x, *params)
+    if (call := known.get("forward")) is not None:
+        return call(x, *params)
     block, out = _launches(), empty_output(x, params)
     saved = block.empty_saved(x, params, save)
-    launched = block.forward(x, params, out, saved, relu=relu)
-    results = (out, *saved)
-    if known is not None:
-        known.forward = replay.record(launched, (x, *params), results, results)
+    run, results = functools.partial(block.forward, x, params, out, saved, relu=relu), (out, *saved)
+    if "forward" in known:
+        run()
+    else:
+        replay.compile(run)
+        known["forward"] = replay.record(run(), (x, *params), results, results)
     return results
 
 
@@ -236,11 +248,11 @@ def aten_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | Non
     return _finish(grads, (x, *params))
 
 
-def triton_gradients(known: replay.Known | None, *args: Any) -> list[Tensor | None]:
+def triton_gradients(known: replay.Known, *args: Any) -> list[Tensor | None]:
     """Return the gradients by Triton, given what ``triton_backward`` is; what is ``known`` serves, and grows."""
     *operands, needs = args
     key = *needs, *replay.layout(operands, operands[2:14:2])
-    if known is not None and (call := known.backward.get(key)) is not None:
+    if (call := known.get(key)) is not None:
         return call(*operands)
     block = _launches()
     grad_out, x, *params = operands[:14]
@@ -251,12 +263,27 @@ def triton_gradients(known: replay.Known | None, *args: Any) -> list[Tensor | No
     # Also what was saved: a hook (save_on_cpu) may have given it other strides.
     rows, r2, r3 = (t.contiguous(memory_format=torch.channels_last) for t in (x, r2, r3))
     mask, pooled, codes = mask.contiguous(), pooled.contiguous(), codes.contiguous()
-    launched, allocated = block.backward(grad_out, rows, params, block.Saved(r2, r3, mask, pooled, codes), grads)
+    saved = block.Saved(r2, r3, mask, pooled, codes)
+    run = functools.partial(block.backward, grad_out, rows, params, saved, grads)
+    if key not in known:
+        _check_saved(grad_out, x, params, r2, r3)
+        replay.compile(run)
+    launched, allocated = run()
     if any(grad is not None and grad.stride() != t.stride() for grad, t in zip(grads, inputs, strict=True)):
+        known[key] = None
         return _finish(grads, inputs)
-    if known is not None:
-        known.backward[key] = replay.record(launched, operands, [*grads, *allocated], grads)
+    if key not in known:
+        known[key] = replay.record(launched, operands, [*grads, *allocated], grads)
     return grads
+
+
+def _check_saved(grad_out: Tensor, x: Tensor, params: Sequence[Tensor], r2: Tensor, r3: Tensor) -> None:
+    """Raise RuntimeError where the kernels would pass the end of a tensor: ``.data`` may have changed its shape."""
+    n, _, *size = x.shape
+    reduced = [(n, weight.shape[0], *size) for weight in (params[2], params[6])]
+    fitting = [output_shape(x, params), *reduced, *fitting_shapes(x, params)]
+    if [t.shape for t in (grad_out, r2, r3, *params)] != fitting:
+        raise RuntimeError("x or a parameter was given another shape between the forward and the backward")
 
 
 def _empty_gradient(t: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastinception.kernels import configs, target
+from fastinception.kernels import configs, replay, target
 from fastinception.kernels.epilogue import bias_relu, follow_predecessor, is_channels_last, out_strides, store_active
 
 if TYPE_CHECKING:
@@ -80,13 +80,14 @@ def library(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, relu: bool,
         block_n = configs.narrow(tiles.block_n, channels)
         level.append((channels, conv.column, conv.mask_column, block_n))
         programs += configs.tiles(n * pixels, tiles.block_m) * configs.tiles(channels, block_n)
+    strides, mask_bytes = out_strides(out.shape, is_channels_last(out)), 0 if mask is None else mask.shape[1]
+    launch = configs.launch(
+        programs, (n * pixels, pixels, *strides, mask_bytes),
+        LEVEL=tuple(level), SAVE=mask is not None, RELU=relu, BLOCK_M=tiles.block_m,
+        **tiles.options(target.gpu(out.device)),
+    )  # fmt: skip
     with target.device_of(out):
-        _library_kernel[(programs,)](
-            tuple(results), tuple(conv.bias for conv in convs), out, mask,
-            n * pixels, pixels, *out_strides(out.shape, is_channels_last(out)), 0 if mask is None else mask.shape[1],
-            LEVEL=tuple(level), SAVE=mask is not None, RELU=relu, BLOCK_M=tiles.block_m,
-            **tiles.options(target.gpu(out.device)),
-        )  # fmt: skip
+        replay.launch(_library_kernel, launch, tuple(results), tuple(conv.bias for conv in convs), out, mask)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:

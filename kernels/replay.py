@@ -7,6 +7,8 @@ operands, never on their numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
@@ -26,10 +28,33 @@ class Launched(NamedTuple):
     tensors: tuple[Tensors, ...]
 
 
+_compiling = ContextVar("_compiling", default=False)
+
+
 def launch(kernel: Any, launch: configs.Launch, *tensors: Tensors) -> Launched:
-    """Launch on the current device and stream."""
-    kernel[launch.grid](*tensors, *launch.sizes, **launch.constants)
+    """Launch on the current device and stream; under :func:`compile` only compile."""
+    if _compiling.get():
+        kernel.warmup(*tensors, *launch.sizes, grid=launch.grid, **launch.constants)
+    else:
+        kernel[launch.grid](*tensors, *launch.sizes, **launch.constants)
     return Launched(kernel, launch, tensors)
+
+
+def compile(run: Callable[[], Any]) -> None:
+    """Compile all kernels that ``run`` launches, at the same time, and launch none.
+
+    One after another, as Triton does when they are launched, those of a training step take several times as long.
+    """
+    if target.interpreted():
+        return
+    from triton import AsyncCompileMode
+
+    token = _compiling.set(True)
+    try:
+        with ThreadPoolExecutor() as pool, AsyncCompileMode(pool):  # the compiler releases Python's lock
+            run()
+    finally:
+        _compiling.reset(token)
 
 
 class Replay(NamedTuple):
@@ -49,6 +74,10 @@ class Replay(NamedTuple):
             for run, pick, sizes, constants in self.steps:
                 run(*pick(tensors), *sizes, **constants)
         return [tensors[i] for i in self.results]
+
+
+# What is known of a call and of its backwards: the replay of each, None where there is none.
+Known = dict[Any, Replay | None]
 
 
 def record(
@@ -105,30 +134,24 @@ def _picker(arguments: Sequence[int | tuple[int, ...]]) -> Callable[[list[Any]],
     return lambda tensors: [pick(tensors) for pick in picks]
 
 
-class Known:
-    """The replays of a call and of its backward; a backward's differ by what is needed, and by strides."""
-
-    def __init__(self) -> None:
-        self.forward: Replay | None = None
-        self.backward: dict[Any, Replay | None] = {}
-
-
 @configs.cached
 def known(*key: Any) -> Known:
-    """Return what is known of calls with this key: always the same object, and nothing at first."""
-    return Known()
+    """Return what is known of calls with this key: always the same dict, empty at first."""
+    return {}
 
 
 def facts(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Any, ...]:
     """Return all that the launches for these operands depend on; ``weights`` are some of them."""
     return (
         target.gpu(tensors[0].device), target.interpreted(),
-        *[t.shape for t in tensors], *[t.dtype for t in tensors], *[t.device for t in tensors], *map(type, tensors),
-        *layout(tensors, weights),
+        *[t.dtype for t in tensors], *[t.device for t in tensors], *map(type, tensors), *layout(tensors, weights),
     )  # fmt: skip
 
 
 def layout(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Any, ...]:
     """Return those of the facts that may be others when a call comes to its backward."""
     precision = target.input_precision(tensors[0].dtype, target.gpu(tensors[0].device))
-    return precision, *[t.stride() for t in tensors], *[t.data_ptr() % 16 == 0 for t in weights]
+    return (
+        precision, *[t.shape for t in tensors], *[t.stride() for t in tensors],
+        *[t.data_ptr() % 16 == 0 for t in weights],
+    )  # fmt: skip
