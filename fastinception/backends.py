@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from fastinception.kernels import target
 
+PLAIN = {Tensor, Parameter}  # a subclass may be anything
 BACKENDS = ("auto", "triton", "aten")
 _MOST_PIXELS = 2**31 - 2**12  # in int32, up to the end of the last tile
 
@@ -94,9 +95,8 @@ def _special(x: Tensor, params: Sequence[Tensor]) -> str | None:
         return "x is empty"
     if x.is_meta:
         return "x is on the meta device"
-    for kind in {type(x), *map(type, params)}:
-        if kind is not Tensor and kind is not Parameter:
-            return f"an operand is a {kind.__qualname__}"
+    for kind in {type(x), *map(type, params)} - PLAIN:
+        return f"an operand is a {kind.__qualname__}"
     return special_state()
 
 

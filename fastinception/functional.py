@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -52,11 +53,9 @@ def inception(
     x, params = _cast(x, params)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
     known = _known(x, params, backend, needs_grad, relu) if out is None else None
-    if known:  # so all is checked
-        return eager.run_triton(known, x, params, needs_grad, relu)
-    path = _select(x, params, backend)
-    if known is not None and path.name == "triton":
-        return eager.run_triton(known, x, params, needs_grad, relu)
+    path = None if known else _select(x, params, backend)  # what is known was checked
+    if path is None or (known is not None and path.name == "triton"):
+        return eager.run_triton(cast(replay.Known, known), x, params, needs_grad, relu)
     if not relu and (path.name == "aten" or (needs_grad and out is None)):
         path = Path("plain", "only Triton's forward comes without ReLU")
     if out is not None and path.name == "plain":
@@ -74,19 +73,21 @@ def inception(
 
 
 def _known(x: Tensor, params: Sequence[Tensor], backend: str, needs_grad: bool, relu: bool) -> replay.Known | None:
-    """Return what is known of calls like this, nothing at first; None where Triton's launches are out of the question.
+    """Return what is known of calls like this, nothing at first, or None where nothing ever is.
 
-    The checks of a call and the choice of its path depend on nothing else, but where something looks at the call or
-    a tensor's memory is not what it stands for: there is None, too.
+    That is where Triton is out of the question, something watches the call, or a tensor is not what its memory says. In
+    all other calls the checks and the choice of the path depend on what the launches depend on, and on nothing else.
     """
     if torch.compiler.is_compiling() or backend == "aten" or (needs_grad and not relu):
         return None
     if not (x.is_cuda or (x.is_cpu and backend == "triton")):
         return None
     tensors = (x, *params)
+    if not {*map(type, tensors)} <= backends.PLAIN:
+        return None
     if backends.special_state() or eager.watched() or any(map(Tensor.is_neg, tensors)):
         return None
-    return replay.known("call", backend, needs_grad, relu, *replay.facts(tensors, params[::2]))
+    return replay.known("call", backend, needs_grad, relu, *replay.facts(tensors, ops.merged_weights(params)))
 
 
 def _compute(path: Path, x: Tensor, params: Sequence[Tensor], needs_grad: bool, relu: bool) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -52,6 +52,11 @@ def _nothing(like: Tensor) -> Tensor:
 
 def _widths(params: Sequence[Tensor]) -> tuple[int, int, int, int]:
     return params[0].shape[0], params[4].shape[0], params[8].shape[0], params[10].shape[0]
+
+
+def merged_weights(params: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weights of the convolutions that read x: kernels make use of their alignment."""
+    return params[0], params[2], params[6]
 
 
 def fitting_shapes(x: Tensor, params: Sequence[Tensor]) -> list[tuple[int, ...]]:
@@ -112,7 +117,7 @@ def _triton_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     params, save, relu = args[:12], args[12], args[13] if len(args) > 13 else True
     if save and not relu:
         raise ValueError("only the block with its ReLUs has a backward: save=False was expected with relu=False")
-    known = replay.known("operator", save, relu, *replay.facts((x, *params), params[::2]))
+    known = replay.known("operator", save, relu, *replay.facts((x, *params), merged_weights(params)))
     return _without_none(launch_forward(known, x, params, save, relu), like=x)
 
 
@@ -121,7 +126,7 @@ def launch_forward(
 ) -> Sequence[Tensor | None]:
     """Return the output and what is saved by Triton; what is ``known`` of such calls serves, and grows."""
     if (call := known.get("forward")) is not None:
-        return call(x, *params)
+        return cast(Sequence[Tensor | None], call(x, *params))
     block, out = _launches(), empty_output(x, params)
     saved = block.empty_saved(x, params, save)
     run, results = functools.partial(block.forward, x, params, out, saved, relu=relu), (out, *saved)
@@ -248,36 +253,36 @@ def aten_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | Non
     return _finish(grads, (x, *params))
 
 
-def triton_gradients(known: replay.Known, *args: Any) -> list[Tensor | None]:
+def triton_gradients(known: replay.Known, grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | None]:
     """Return the gradients by Triton, given what ``triton_backward`` is; what is ``known`` serves, and grows."""
-    *operands, needs = args
-    key = *needs, *replay.layout(operands, operands[2:14:2])
+    params, saved, needs = args[:12], args[12:17], args[17]
+    operands = (grad_out, x, *params, *saved)
+    key = *needs, *replay.layout(operands, merged_weights(params))
     if (call := known.get(key)) is not None:
-        return call(*operands)
-    block = _launches()
-    grad_out, x, *params = operands[:14]
-    r2, r3, mask, pooled, codes = operands[14:]
-    inputs = (x, *params)
+        return cast(list[Tensor | None], call(*operands))
+    block, inputs = _launches(), (x, *params)
     grads = [_dense(x, x.shape, memory_format(x)) if needs[0] else None]
     grads += [_empty_gradient(t) if need else None for t, need in zip(params, needs[1:], strict=True)]
     # Also what was saved: a hook (save_on_cpu) may have given it other strides.
-    rows, r2, r3 = (t.contiguous(memory_format=torch.channels_last) for t in (x, r2, r3))
-    mask, pooled, codes = mask.contiguous(), pooled.contiguous(), codes.contiguous()
-    saved = block.Saved(r2, r3, mask, pooled, codes)
-    run = functools.partial(block.backward, grad_out, rows, params, saved, grads)
+    rows, r2, r3 = (t.contiguous(memory_format=torch.channels_last) for t in (x, *saved[:2]))
+    dense = block.Saved(r2, r3, *(t.contiguous() for t in saved[2:]))
+    run = functools.partial(block.backward, grad_out, rows, params, dense, grads)
     if key not in known:
-        _check_saved(grad_out, x, params, r2, r3)
+        _check_shapes(grad_out, x, params, *saved[:2])
         replay.compile(run)
     launched, allocated = run()
-    if any(grad is not None and grad.stride() != t.stride() for grad, t in zip(grads, inputs, strict=True)):
-        known[key] = None
-        return _finish(grads, inputs)
+    fits = all(grad is None or grad.stride() == t.stride() for grad, t in zip(grads, inputs, strict=True))
     if key not in known:
-        known[key] = replay.record(launched, operands, [*grads, *allocated], grads)
-    return grads
+        call = replay.record(launched, operands, [*grads, *allocated], grads)
+        known[key] = call if fits or call is None else functools.partial(_replay_and_finish, call)
+    return grads if fits else _finish(grads, inputs)
 
 
-def _check_saved(grad_out: Tensor, x: Tensor, params: Sequence[Tensor], r2: Tensor, r3: Tensor) -> None:
+def _replay_and_finish(call: replay.Replay, *operands: Tensor) -> list[Tensor | None]:
+    return _finish(call(*operands), operands[1:14])
+
+
+def _check_shapes(grad_out: Tensor, x: Tensor, params: Sequence[Tensor], r2: Tensor, r3: Tensor) -> None:
     """Raise RuntimeError where the kernels would pass the end of a tensor: ``.data`` may have changed its shape."""
     n, _, *size = x.shape
     reduced = [(n, weight.shape[0], *size) for weight in (params[2], params[6])]
@@ -300,7 +305,7 @@ torch.library.impl("fastinception::aten_backward", "default")(
 )
 torch.library.impl("fastinception::triton_backward", "default")(
     lambda *args: _without_none(
-        triton_gradients(replay.known("backward", *replay.facts(args[:19], args[2:14:2])), *args), like=args[0]
+        triton_gradients(replay.known("backward", *replay.kinds(args[:-1])), *args), like=args[0]
     )
 )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,20 +23,20 @@ class Launched(NamedTuple):
     """A launch that was made."""
 
     kernel: Any
-    launch: configs.Launch
+    how: configs.Launch
     tensors: tuple[Tensors, ...]
 
 
 _compiling = ContextVar("_compiling", default=False)
 
 
-def launch(kernel: Any, launch: configs.Launch, *tensors: Tensors) -> Launched:
+def launch(kernel: Any, how: configs.Launch, *tensors: Tensors) -> Launched:
     """Launch on the current device and stream; under :func:`compile` only compile."""
     if _compiling.get():
-        kernel.warmup(*tensors, *launch.sizes, grid=launch.grid, **launch.constants)
+        kernel.warmup(*tensors, *how.sizes, grid=how.grid, **how.constants)
     else:
-        kernel[launch.grid](*tensors, *launch.sizes, **launch.constants)
-    return Launched(kernel, launch, tensors)
+        kernel[how.grid](*tensors, *how.sizes, **how.constants)
+    return Launched(kernel, how, tensors)
 
 
 def compile(run: Callable[[], Any]) -> None:
@@ -58,26 +57,27 @@ def compile(run: Callable[[], Any]) -> None:
 
 
 class Replay(NamedTuple):
-    """Launches on other tensors than those that they were recorded with."""
+    """Launches on other tensors than those that they were recorded with.
 
-    places: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]  # what to allocate: shape, strides, dtype
-    steps: tuple[tuple[Any, Callable[[list[Any]], list[Any]], tuple[Any, ...], dict[str, Any]], ...]
+    Tensors are counted: the operands, what is allocated, None, and the groups that kernels take as one argument.
+    """
+
+    allocated: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]  # shape, strides, dtype
+    groups: tuple[tuple[int, ...], ...]
+    steps: tuple[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], ...]  # kernel[grid], arguments
     results: tuple[int, ...]
 
     def __call__(self, *operands: Tensor) -> list[Any]:
         """Return what the recorded call made, made of ``operands``: as many, and the same by their :func:`facts`."""
-        like = operands[0]
+        device = operands[0].device
         tensors: list[Any] = [*operands]
-        tensors += [like.new_empty_strided(shape, strides, dtype=dtype) for shape, strides, dtype in self.places]
+        tensors += [torch.empty_strided(size, strides, dtype=t, device=device) for size, strides, t in self.allocated]
         tensors.append(None)
-        with target.device_of(like):
-            for run, pick, sizes, constants in self.steps:
-                run(*pick(tensors), *sizes, **constants)
+        tensors += [tuple([tensors[i] for i in group]) for group in self.groups]
+        with target.device_of(operands[0]):
+            for run, arguments, sizes, constants in self.steps:
+                run(*[tensors[i] for i in arguments], *sizes, **constants)
         return [tensors[i] for i in self.results]
-
-
-# What is known of a call and of its backwards: the replay of each, None where there is none.
-Known = dict[Any, Replay | None]
 
 
 def record(
@@ -98,40 +98,33 @@ def record(
         None where there is other work than the launches, a copy of an operand for instance, or where two operands are
         one tensor, so that it could not be told which of them a launch takes.
     """
-    if not launched or None in launched:
-        return None
     fresh = [t for t in allocated if t is not None]
-    tensors = [*operands, *fresh]
-    index = {id(t): i for i, t in enumerate([*tensors, None])}
-    if len(index) <= len(tensors):
+    tensors = [*operands, *fresh, None]
+    index = {id(t): i for i, t in enumerate(tensors)}
+    if not launched or None in launched or len(index) != len(tensors):
         return None
-    steps = []
-    for kernel, launch, arguments in cast(Sequence[Launched], launched):
-        try:
-            pick = _picker([_index(argument, index) for argument in arguments])
-        except KeyError:
-            return None  # neither given nor allocated: a copy
-        steps.append((kernel[launch.grid], pick, launch.sizes, launch.constants))
+    groups: list[tuple[int, ...]] = []
+
+    def place(argument: Tensors) -> int:
+        if not isinstance(argument, tuple):
+            return index[id(argument)]
+        groups.append(tuple([index[id(t)] for t in argument]))
+        return len(tensors) + len(groups) - 1
+
+    try:
+        steps = [
+            (kernel[how.grid], tuple(map(place, arguments)), how.sizes, how.constants)
+            for kernel, how, arguments in cast(Sequence[Launched], launched)
+        ]
+    except KeyError:
+        return None  # neither given nor allocated: a copy
     places = [(t.shape, t.stride(), t.dtype) for t in fresh]
-    return Replay(tuple(places), tuple(steps), tuple([index[id(t)] for t in results]))
+    return Replay(tuple(places), tuple(groups), tuple(steps), tuple([index[id(t)] for t in results]))
 
 
-def _index(argument: Tensors, index: dict[int, int]) -> int | tuple[int, ...]:
-    return tuple([index[id(t)] for t in argument]) if isinstance(argument, tuple) else index[id(argument)]
-
-
-def _picker(arguments: Sequence[int | tuple[int, ...]]) -> Callable[[list[Any]], list[Any]]:
-    """Return what finds a launch's arguments in the list of all tensors."""
-
-    def one_of(indices: int | tuple[int, ...]) -> Callable[[list[Any]], Any]:
-        if isinstance(indices, int):
-            return itemgetter(indices)
-        if len(indices) == 1:
-            return lambda tensors: (tensors[indices[0]],)
-        return itemgetter(*indices)
-
-    picks = [one_of(indices) for indices in arguments]
-    return lambda tensors: [pick(tensors) for pick in picks]
+# What makes a call's results of its operands, and what makes those of its backwards; None where nothing but planning it
+# again does.
+Known = dict[Any, Any]
 
 
 @configs.cached
@@ -141,17 +134,19 @@ def known(*key: Any) -> Known:
 
 
 def facts(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Return all that the launches for these operands depend on; ``weights`` are some of them."""
-    return (
-        target.gpu(tensors[0].device), target.interpreted(),
-        *[t.dtype for t in tensors], *[t.device for t in tensors], *map(type, tensors), *layout(tensors, weights),
-    )  # fmt: skip
+    """Return all that launches for these operands depend on; ``weights``, of them, are those of merged convolutions."""
+    return *kinds(tensors), *layout(tensors, weights)
+
+
+def kinds(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Return the facts that stay as they are from a call to its backward."""
+    gpu = target.gpu(tensors[0].device)
+    return gpu, target.interpreted(), *[t.dtype for t in tensors], *[t.device for t in tensors]
 
 
 def layout(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Return those of the facts that may be others when a call comes to its backward."""
-    precision = target.input_precision(tensors[0].dtype, target.gpu(tensors[0].device))
+    """Return the facts that may be others in a backward: the precision, and by ``.data`` or hooks the rest."""
     return (
-        precision, *[t.shape for t in tensors], *[t.stride() for t in tensors],
-        *[t.data_ptr() % 16 == 0 for t in weights],
+        target.input_precision(tensors[0].dtype, target.gpu(tensors[0].device)),
+        *[t.shape for t in tensors], *[t.stride() for t in tensors], *[t.data_ptr() % 16 == 0 for t in weights],
     )  # fmt: skip

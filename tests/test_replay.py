@@ -127,9 +127,12 @@ def misaligned(t: Tensor) -> Tensor:
     return storage[1:].as_strided(t.shape, t.stride()).copy_(t)
 
 
-@MODES
 @pytest.mark.parametrize(
-    "change", ["batch", "layout", "slice", "width", "weights' layout", "expanded bias", "misaligned weight", "float16"]
+    ("change", "train"),
+    [
+        *((change, False) for change in ("batch", "slice", "width", "expanded bias", "misaligned weight", "float16")),
+        *((change, train) for change in ("layout", "weights' layout") for train in (False, True)),
+    ],
 )
 def test_another_call_is_not_taken_for_a_known_one(planned, change, train):
     net, x = planned
@@ -174,14 +177,15 @@ def test_a_bad_call_is_an_error_after_a_known_one(planned, wrong, train):
     net, x = planned
     params = params_of(net)
     backend = "Triton" if wrong == "backend" else "triton"
-    if wrong == "dtype":
-        params[4] = params[4].double()
-    elif wrong == "channels":
-        x = torch.randn(3, 8, 4, 5, device=DEVICE).contiguous(memory_format=torch.channels_last)
-    elif wrong == "width":
-        params[3] = params[3][:2]
-    elif wrong == "device":
-        params[2] = params[2].to("meta")
+    with torch.no_grad():
+        if wrong == "dtype":
+            params[4] = params[4].double()
+        elif wrong == "channels":
+            x = torch.randn(3, 8, 4, 5, device=DEVICE).contiguous(memory_format=torch.channels_last)
+        elif wrong == "width":
+            params[3] = params[3][:2]
+        elif wrong == "device":
+            params[3] = params[3].to("meta")
     with torch.set_grad_enabled(train), pytest.raises((TypeError, ValueError)):
         inception(x, params, backend=backend)
 
@@ -249,6 +253,31 @@ def test_what_takes_more_than_launches_is_never_replayed(planned, special, train
         assert known is None or known.get("forward") is None
 
 
+@pytest.mark.parametrize("train", [False])
+@pytest.mark.parametrize("changed", ["input_precision", "gpu", "interpreted"])
+def test_what_is_not_of_the_operands_is_part_of_the_key(planned, changed, train, monkeypatch):
+    net, x = planned
+    assert is_known(net, x, train)
+    another = target.Gpu("another", "sm_90") if changed == "gpu" else "another"
+    monkeypatch.setattr(target, changed, lambda *_: another)
+    assert not is_known(net, x, train)
+
+
+class Marked(Tensor):
+    """A subclass, which may be anything."""
+
+
+@pytest.mark.parametrize("train", [False])
+def test_a_subclass_is_not_taken_for_a_tensor(planned, train):
+    net, x = planned
+    with torch.no_grad():
+        y = inception(x.as_subclass(Marked), params_of(net), backend="triton")
+        weight = [p.as_subclass(Marked) if i == 4 else p for i, p in enumerate(params_of(net))]
+        z = inception(x, weight, backend="triton")
+    assert type(y) is type(z) is Marked
+    close([y.as_subclass(Tensor)], truth(net, x, False))
+
+
 @MODES
 def test_known_calls_are_forgotten_with_their_tiles(planned, train):
     net, x = planned
@@ -258,6 +287,41 @@ def test_known_calls_are_forgotten_with_their_tiles(planned, train):
 
 
 # What may be another in a backward than in those before it.
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_a_backward_behind_another_precision_or_none(planned, forgotten, monkeypatch):
+    net, x = planned
+    known, expected = known_of(net, x, True), truth(net, x, True)
+    y = inception(x.requires_grad_(), params_of(net), backend="triton")
+    if forgotten:
+        configs.forget()
+    else:
+        monkeypatch.setattr(target, "input_precision", lambda dtype, gpu: "tf32")  # the interpreter rounds nothing
+    torch.manual_seed(1)
+    upstream = torch.randn(y.shape).to(DEVICE).contiguous(memory_format=torch.channels_last)
+    close([y.detach(), *torch.autograd.grad(y, [x, *params_of(net)], upstream)], expected)
+    assert len(backwards_of(known)) == (1 if forgotten else 2)
+
+
+def test_a_backward_is_known_whatever_the_weights_layout(planned, monkeypatch):
+    net, x = planned
+    net.to(memory_format=torch.contiguous_format)
+    for conv in (net.p2_2, net.p3_2):
+        conv.weight.data = conv.weight.data.contiguous()
+    call(net, x, True)
+    forbid(monkeypatch)
+    ours, theirs = call(net, x, True), truth(net, x, True)
+    close(ours, theirs)
+    assert [t.stride() for t in ours[1:]] == [t.stride() for t in (x, *params_of(net))]
+
+
+def test_gradients_are_plain_tensors_whatever_comes_upstream(planned):
+    net, x = planned
+    y = inception(x.requires_grad_(), params_of(net), backend="triton")
+    for _ in range(2):
+        grads = torch.autograd.grad(y, [x, *params_of(net)], torch.ones_like(y).as_subclass(Marked), retain_graph=True)
+        assert {type(grad) for grad in grads} == {Tensor}
 
 
 @pytest.mark.parametrize("upstream", ["contiguous", "expanded", "transposed", "channels_last"])
@@ -327,6 +391,7 @@ def test_what_hooks_make_of_saved_tensors(planned, unpacked):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), unpack):
             close(call(net, x, True), expected)
         close(call(net, x, True), expected)
+    assert len(backwards_of(known_of(net, x, True))) == (1 if unpacked == "copies" else 2)
 
 
 def test_a_second_derivative_after_a_known_first(planned):

@@ -100,7 +100,7 @@ def use_tuned(output: Path) -> None:
 
     if any((output / TUNED).glob("*.json")):
         configs.TUNED = output / TUNED
-        configs.choose.cache_clear()
+        configs.forget()
 
 
 def _verdict(name: str, command: list[str], extra: dict[str, str] | None = None) -> list[Row]:
