@@ -87,7 +87,7 @@ def _known(x: Tensor, params: Sequence[Tensor], backend: str, needs_grad: bool, 
         return None
     if backends.special_state() or eager.watched() or any(map(Tensor.is_neg, tensors)):
         return None
-    return replay.known("call", backend, needs_grad, relu, *replay.facts(tensors, ops.merged_weights(params)))
+    return replay.known("call", backend, needs_grad, relu, *replay.facts(tensors))
 
 
 def _compute(path: Path, x: Tensor, params: Sequence[Tensor], needs_grad: bool, relu: bool) -> Tensor:

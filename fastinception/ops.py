@@ -54,11 +54,6 @@ def _widths(params: Sequence[Tensor]) -> tuple[int, int, int, int]:
     return params[0].shape[0], params[4].shape[0], params[8].shape[0], params[10].shape[0]
 
 
-def merged_weights(params: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the weights of the convolutions that read x: kernels make use of their alignment."""
-    return params[0], params[2], params[6]
-
-
 def fitting_shapes(x: Tensor, params: Sequence[Tensor]) -> list[tuple[int, ...]]:
     """Return the shapes of the params that fit ``x`` and the weights' first sizes."""
     k = x.shape[1]
@@ -117,7 +112,7 @@ def _triton_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     params, save, relu = args[:12], args[12], args[13] if len(args) > 13 else True
     if save and not relu:
         raise ValueError("only the block with its ReLUs has a backward: save=False was expected with relu=False")
-    known = replay.known("operator", save, relu, *replay.facts((x, *params), merged_weights(params)))
+    known = replay.known("operator", save, relu, *replay.facts((x, *params)))
     return _without_none(launch_forward(known, x, params, save, relu), like=x)
 
 
@@ -257,7 +252,7 @@ def triton_gradients(known: replay.Known, grad_out: Tensor, x: Tensor, *args: An
     """Return the gradients by Triton, given what ``triton_backward`` is; what is ``known`` serves, and grows."""
     params, saved, needs = args[:12], args[12:17], args[17]
     operands = (grad_out, x, *params, *saved)
-    key = *needs, *replay.layout(operands, merged_weights(params))
+    key = *needs, *replay.layout(operands)
     if (call := known.get(key)) is not None:
         return cast(list[Tensor | None], call(*operands))
     block, inputs = _launches(), (x, *params)

@@ -25,6 +25,7 @@ class Launched(NamedTuple):
     kernel: Any
     how: configs.Launch
     tensors: tuple[Tensors, ...]
+    compiled: Any  # None in the interpreter
 
 
 _compiling = ContextVar("_compiling", default=False)
@@ -33,10 +34,10 @@ _compiling = ContextVar("_compiling", default=False)
 def launch(kernel: Any, how: configs.Launch, *tensors: Tensors) -> Launched:
     """Launch on the current device and stream; under :func:`compile` only compile."""
     if _compiling.get():
-        kernel.warmup(*tensors, *how.sizes, grid=how.grid, **how.constants)
+        compiled = kernel.warmup(*tensors, *how.sizes, grid=how.grid, **how.constants)
     else:
-        kernel[how.grid](*tensors, *how.sizes, **how.constants)
-    return Launched(kernel, how, tensors)
+        compiled = kernel[how.grid](*tensors, *how.sizes, **how.constants)
+    return Launched(kernel, how, tensors, compiled)
 
 
 def compile(run: Callable[[], Any]) -> None:
@@ -64,7 +65,7 @@ class Replay(NamedTuple):
 
     allocated: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]  # shape, strides, dtype
     groups: tuple[tuple[int, ...], ...]
-    steps: tuple[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], ...]  # kernel[grid], arguments
+    steps: tuple[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], ...]  # what to call, arguments
     results: tuple[int, ...]
 
     def __call__(self, *operands: Tensor) -> list[Any]:
@@ -75,8 +76,8 @@ class Replay(NamedTuple):
         tensors.append(None)
         tensors += [tuple([tensors[i] for i in group]) for group in self.groups]
         with target.device_of(operands[0]):
-            for run, arguments, sizes, constants in self.steps:
-                run(*[tensors[i] for i in arguments], *sizes, **constants)
+            for run, arguments, others, constants in self.steps:
+                run(*[tensors[i] for i in arguments], *others, **constants)
         return [tensors[i] for i in self.results]
 
 
@@ -113,13 +114,27 @@ def record(
 
     try:
         steps = [
-            (kernel[how.grid], tuple(map(place, arguments)), how.sizes, how.constants)
-            for kernel, how, arguments in cast(Sequence[Launched], launched)
+            (run, tuple(map(place, step.tensors)), others, constants)
+            for step in cast(Sequence[Launched], launched)
+            for run, others, constants in [_runner(step)]
         ]
     except KeyError:
         return None  # neither given nor allocated: a copy
     places = [(t.shape, t.stride(), t.dtype) for t in fresh]
     return Replay(tuple(places), tuple(groups), tuple(steps), tuple([index[id(t)] for t in results]))
+
+
+def _runner(step: Launched) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Return what launches a step again, with what follows the tensors, by place and by name.
+
+    That is the compiled kernel, if there is one: :func:`facts` are all that Triton looks up a kernel by, and looking it
+    up takes the host longer than all the rest of a launch.
+    """
+    kernel, how, tensors, compiled = step
+    if compiled is None:
+        return kernel[how.grid], how.sizes, how.constants
+    names = kernel.arg_names[len(tensors) + len(how.sizes) :]
+    return compiled[(*how.grid, 1, 1)], (*how.sizes, *[how.constants[name] for name in names]), {}
 
 
 # What makes a call's results of its operands, and what makes those of its backwards; None where nothing but planning it
@@ -133,9 +148,9 @@ def known(*key: Any) -> Known:
     return {}
 
 
-def facts(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Return all that launches for these operands depend on; ``weights``, of them, are those of merged convolutions."""
-    return *kinds(tensors), *layout(tensors, weights)
+def facts(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Return all that launches for these operands depend on."""
+    return *kinds(tensors), *layout(tensors)
 
 
 def kinds(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -144,9 +159,9 @@ def kinds(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     return gpu, target.interpreted(), *[t.dtype for t in tensors], *[t.device for t in tensors]
 
 
-def layout(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Any, ...]:
+def layout(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """Return the facts that may be others in a backward: the precision, and by ``.data`` or hooks the rest."""
     return (
         target.input_precision(tensors[0].dtype, target.gpu(tensors[0].device)),
-        *[t.shape for t in tensors], *[t.stride() for t in tensors], *[t.data_ptr() % 16 == 0 for t in weights],
+        *[t.shape for t in tensors], *[t.stride() for t in tensors], *[t.data_ptr() % 16 == 0 for t in tensors],
     )  # fmt: skip

@@ -21,12 +21,12 @@ pytest.importorskip("triton")
 # In a process without the interpreter.
 CODE = """
 import json, threading, time
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 from fastinception import Inception
@@ -39,15 +39,25 @@ def log(*event):
     with lock:
         events.append(event)
 
+def described(argument):
+    if isinstance(argument, tuple):
+        return list(map(described, argument))
+    if isinstance(argument, torch.Tensor):
+        return [str(argument.dtype), argument.shape, argument.stride(), addresses.get(argument.data_ptr(), "new")]
+    return repr(argument) if isinstance(argument, (int, str)) or argument is None else type(argument).__name__
+
+class Kernel(CompiledKernel):  # one that is on the device already
+    def __init__(self, name):
+        self.name, self.src, self.module = name, None, "module"
+        self.function, self.packed_metadata = f"{name}'s function", f"{name}'s metadata"
+        self._run = lambda *args: log("launches", name, *map(described, args))
+
 def compile(source, **_):
     name = source.fn.fn.__name__
     log("compiles", name)
     time.sleep(0.5)
     log("compiled", name)
-    return SimpleNamespace(
-        launch_metadata=lambda *_: None, function=None, packed_metadata=None, n_spills=0,
-        run=lambda *_: log("launches", name),
-    )
+    return Kernel(name)
 
 class Driver:
     get_current_device = staticmethod(lambda: 0)
@@ -58,11 +68,23 @@ driver.set_active(Driver())
 net = Inception(16, 16, (16, 16), (16, 16), 16)
 x = torch.randn(2, 16, 4, 4)
 
+addresses = {}
+launcher, looked_up = triton.JITFunction.run, []
+
+def look_up(self, *args, **kwargs):
+    looked_up.append(self.fn.__name__)
+    return launcher(self, *args, **kwargs)
+
+triton.JITFunction.run = look_up
+
 def step(x):
+    addresses.clear()
+    addresses.update({t.data_ptr(): name for name, t in [("x", x), *net.named_parameters()]})
     y = inception(x.requires_grad_(), list(net.parameters()), backend="triton")
     log("backward")
     y.backward(torch.ones_like(y).contiguous(memory_format=torch.channels_last))
-    log("end")
+    log("end", len(looked_up))
+    looked_up.clear()
 
 found = {}
 with mock.patch("triton.compiler.compile", compile), mock.patch.object(target, "unsupported", lambda *_: None):
@@ -98,20 +120,22 @@ def found() -> dict[str, Any]:
     return events
 
 
-def passes(events: list[list[str]]) -> list[dict[str, list[str]]]:
+def passes(events: list[list[Any]]) -> list[dict[str, list[Any]]]:
     """Return what each forward and each backward compiled, at most at the same time, and launched, in order."""
-    found, running = [{"compiled": [], "together": [], "launched": []}], 0
-    for kind, *names in events:
+    found: list[dict[str, list[Any]]] = [{"compiled": [], "together": [], "launched": [], "arguments": []}]
+    running = 0
+    for kind, *event in events:
         here = found[-1]
         if kind in ("backward", "end"):
-            found.append({"compiled": [], "together": [], "launched": []})
+            found.append({name: [] for name in here})
         elif kind == "launches":
-            here["launched"] += names
+            here["launched"].append(event[0])
+            here["arguments"].append(event[1:])
         else:
             assert not here["launched"], "a kernel was compiled behind a launch of its pass"
             running += 1 if kind == "compiles" else -1
             here["together"].append(running)
-            here["compiled"] += names if kind == "compiled" else []
+            here["compiled"] += event if kind == "compiled" else []
     return found[:-1]
 
 
@@ -126,6 +150,16 @@ def test_the_kernels_of_a_pass_are_compiled_together_and_once(found):
     assert [len(one["compiled"]) for one in others[:2]] == [0, 0]
     assert not set(others[2]["compiled"] + others[3]["compiled"]) - {*FORWARD, *BACKWARD}
     assert [len(one["compiled"]) for one in others[4:]] == [0, 0]
+
+
+def test_a_replay_launches_as_tritons_look_up_does(found):
+    """With the same arguments in the same places, and without it; what is copied first still goes by it."""
+    planned, replayed = passes(found["triton"])[:2], passes(found["triton"])[2:4]
+    for first, second in zip(planned, replayed, strict=True):
+        assert first["arguments"] == second["arguments"]
+        assert all(len(arguments) >= 19 for arguments in first["arguments"])  # 9 are the launcher's own
+    look_ups = [event[1] for event in found["triton"] if event[0] == "end"]
+    assert look_ups == [16, 0, 16, 8]  # of a first step for the compiler, too
 
 
 def test_what_the_library_computes_is_no_obstacle(found):

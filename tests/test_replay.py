@@ -130,7 +130,10 @@ def misaligned(t: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("change", "train"),
     [
-        *((change, False) for change in ("batch", "slice", "width", "expanded bias", "misaligned weight", "float16")),
+        *(
+            (change, False)
+            for change in ("batch", "slice", "width", "expanded bias", "misaligned weight", "misaligned x", "float16")
+        ),
         *((change, train) for change in ("layout", "weights' layout") for train in (False, True)),
     ],
 )
@@ -150,6 +153,8 @@ def test_another_call_is_not_taken_for_a_known_one(planned, change, train):
         net.p2_2.bias.data = torch.ones(1, device=DEVICE).expand(9)
     elif change == "misaligned weight":
         net.p2_1.weight.data = misaligned(net.p2_1.weight.data)
+    elif change == "misaligned x":
+        x = misaligned(x)
     else:
         net, x = net.half(), x.half()
     assert not is_known(net, x, train)
@@ -258,7 +263,7 @@ def test_what_takes_more_than_launches_is_never_replayed(planned, special, train
 def test_what_is_not_of_the_operands_is_part_of_the_key(planned, changed, train, monkeypatch):
     net, x = planned
     assert is_known(net, x, train)
-    another = target.Gpu("another", "sm_90") if changed == "gpu" else "another"
+    another = target.Gpu("another", "cpu") if changed == "gpu" else "another"
     monkeypatch.setattr(target, changed, lambda *_: another)
     assert not is_known(net, x, train)
 

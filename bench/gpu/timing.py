@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 
 from bench.harness import interleave, synchronize, wall_clock
+from fastinception.kernels import configs
 
 Run = Callable[[], object]
 # Calls of one cold sample, and the clock cycles for which the GPU waits at its start (at first 3 ms, at most 50): what
@@ -132,10 +133,14 @@ def each_launch(run: Run, timer: Timer) -> list[dict[str, Any]]:
         kernels.clear()
         marks: list[tuple[Any, Any]] = []
 
-        def timed(self: Any, *args: Any, **kwargs: Any) -> None:
+        def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if kwargs["warmup"]:
+                return originals[type(self)](self, *args, **kwargs)
             kernels.append(self.fn.__name__)
             marks.append(timer.mark(lambda: originals[type(self)](self, *args, **kwargs)))
+            return None
 
+        configs.forget()  # what is replayed does not come by here
         with contextlib.ExitStack() as patched:
             for kind in originals:
                 patched.enter_context(mock.patch.object(kind, "run", timed))
