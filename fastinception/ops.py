@@ -252,7 +252,7 @@ def triton_gradients(known: replay.Known, grad_out: Tensor, x: Tensor, *args: An
     """Return the gradients by Triton, given what ``triton_backward`` is; what is ``known`` serves, and grows."""
     params, saved, needs = args[:12], args[12:17], args[17]
     operands = (grad_out, x, *params, *saved)
-    key = *needs, *replay.layout(operands)
+    key = *needs, *replay.facts(operands)  # .data and hooks may have changed what a forward saw
     if (call := known.get(key)) is not None:
         return cast(list[Tensor | None], call(*operands))
     block, inputs = _launches(), (x, *params)
@@ -263,7 +263,7 @@ def triton_gradients(known: replay.Known, grad_out: Tensor, x: Tensor, *args: An
     dense = block.Saved(r2, r3, *(t.contiguous() for t in saved[2:]))
     run = functools.partial(block.backward, grad_out, rows, params, dense, grads)
     if key not in known:
-        _check_shapes(grad_out, x, params, *saved[:2])
+        _check_operands(grad_out, x, params, *saved[:2])
         replay.compile(run)
     launched, allocated = run()
     fits = all(grad is None or grad.stride() == t.stride() for grad, t in zip(grads, inputs, strict=True))
@@ -277,13 +277,16 @@ def _replay_and_finish(call: replay.Replay, *operands: Tensor) -> list[Tensor | 
     return _finish(call(*operands), operands[1:14])
 
 
-def _check_shapes(grad_out: Tensor, x: Tensor, params: Sequence[Tensor], r2: Tensor, r3: Tensor) -> None:
-    """Raise RuntimeError where the kernels would pass the end of a tensor: ``.data`` may have changed its shape."""
+def _check_operands(grad_out: Tensor, x: Tensor, params: Sequence[Tensor], r2: Tensor, r3: Tensor) -> None:
+    """Raise RuntimeError where the kernels would pass the end of a tensor: ``.data`` may have changed it."""
     n, _, *size = x.shape
     reduced = [(n, weight.shape[0], *size) for weight in (params[2], params[6])]
     fitting = [output_shape(x, params), *reduced, *fitting_shapes(x, params)]
-    if [t.shape for t in (grad_out, r2, r3, *params)] != fitting:
-        raise RuntimeError("x or a parameter was given another shape between the forward and the backward")
+    tensors = (grad_out, r2, r3, *params)
+    if [t.shape for t in tensors] != fitting or any((t.dtype, t.device) != (x.dtype, x.device) for t in tensors):
+        raise RuntimeError(
+            "x or a parameter was given another shape, dtype or device between the forward and the backward"
+        )
 
 
 def _empty_gradient(t: Tensor) -> Tensor:
@@ -300,7 +303,7 @@ torch.library.impl("fastinception::aten_backward", "default")(
 )
 torch.library.impl("fastinception::triton_backward", "default")(
     lambda *args: _without_none(
-        triton_gradients(replay.known("backward", *replay.kinds(args[:-1])), *args), like=args[0]
+        triton_gradients(replay.known("backward", args[1].shape, args[1].dtype), *args), like=args[0]
     )
 )
 

@@ -150,18 +150,9 @@ def known(*key: Any) -> Known:
 
 def facts(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """Return all that launches for these operands depend on."""
-    return *kinds(tensors), *layout(tensors)
-
-
-def kinds(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Return the facts that stay as they are from a call to its backward."""
     gpu = target.gpu(tensors[0].device)
-    return gpu, target.interpreted(), *[t.dtype for t in tensors], *[t.device for t in tensors]
-
-
-def layout(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Return the facts that may be others in a backward: the precision, and by ``.data`` or hooks the rest."""
     return (
-        target.input_precision(tensors[0].dtype, target.gpu(tensors[0].device)),
-        *[t.shape for t in tensors], *[t.stride() for t in tensors], *[t.data_ptr() % 16 == 0 for t in tensors],
+        gpu, target.input_precision(tensors[0].dtype, gpu), target.interpreted(),
+        *[t.shape for t in tensors], *[t.stride() for t in tensors], *[t.dtype for t in tensors],
+        *[t.device for t in tensors], *[t.data_ptr() % 16 == 0 for t in tensors],
     )  # fmt: skip

@@ -362,8 +362,8 @@ def test_a_known_backward_is_not_taken_for_one_that_needs_others(planned, wanted
 
 
 @pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize("changed", ["x", "weight", "bias"])
-def test_another_shape_in_the_backward_is_an_error(planned, changed, known):
+@pytest.mark.parametrize("changed", ["x", "weight", "bias", "dtype"])
+def test_other_operands_in_the_backward_are_an_error(planned, changed, known):
     """Kernels that were planned for the old one would pass the end of its memory."""
     net, x = planned
     if not known:
@@ -373,8 +373,10 @@ def test_another_shape_in_the_backward_is_an_error(planned, changed, known):
         x.data = x.data[:1]
     elif changed == "weight":
         net.p2_1.weight.data = net.p2_1.weight.data[:2]
-    else:
+    elif changed == "bias":
         net.p1_1.bias.data = net.p1_1.bias.data[:2]
+    else:
+        net.p1_1.weight.data = net.p1_1.weight.data.half()
     with pytest.raises(RuntimeError, match="another shape"):
         y.sum().backward()
 
