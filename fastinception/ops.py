@@ -128,7 +128,7 @@ def launch_forward(
     if "forward" in known:
         run()
     else:
-        replay.compile(run)
+        replay.compile(run, x)
         known["forward"] = replay.record(run(), (x, *params), results, results)
     return results
 
@@ -263,8 +263,8 @@ def triton_gradients(known: replay.Known, grad_out: Tensor, x: Tensor, *args: An
     dense = block.Saved(r2, r3, *(t.contiguous() for t in saved[2:]))
     run = functools.partial(block.backward, grad_out, rows, params, dense, grads)
     if key not in known:
-        _check_operands(grad_out, x, params, *saved[:2])
-        replay.compile(run)
+        _check_operands(*operands)
+        replay.compile(run, x)
     launched, allocated = run()
     fits = all(grad is None or grad.stride() == t.stride() for grad, t in zip(grads, inputs, strict=True))
     if key not in known:
@@ -277,15 +277,16 @@ def _replay_and_finish(call: replay.Replay, *operands: Tensor) -> list[Tensor | 
     return _finish(call(*operands), operands[1:14])
 
 
-def _check_operands(grad_out: Tensor, x: Tensor, params: Sequence[Tensor], r2: Tensor, r3: Tensor) -> None:
-    """Raise RuntimeError where the kernels would pass the end of a tensor: ``.data`` may have changed it."""
-    n, _, *size = x.shape
-    reduced = [(n, weight.shape[0], *size) for weight in (params[2], params[6])]
-    fitting = [output_shape(x, params), *reduced, *fitting_shapes(x, params)]
-    tensors = (grad_out, r2, r3, *params)
-    if [t.shape for t in tensors] != fitting or any((t.dtype, t.device) != (x.dtype, x.device) for t in tensors):
+def _check_operands(grad_out: Tensor, x: Tensor, *args: Tensor) -> None:
+    """Raise RuntimeError where the kernels would pass the end of a tensor: ``.data`` or a hook may have changed it."""
+    params, saved = args[:12], args[12:]
+    meta, *others = [t.to("meta") for t in (x, *params)]
+    results = [empty_output(meta, others), *_launches().empty_saved(meta, others, save=True)]
+    expected = [(t.shape, t.dtype, x.device) for t in results]
+    expected += [(shape, x.dtype, x.device) for shape in fitting_shapes(x, params)]
+    if [(t.shape, t.dtype, t.device) for t in (grad_out, *saved, *params)] != expected:
         raise RuntimeError(
-            "x or a parameter was given another shape, dtype or device between the forward and the backward"
+            "x, a parameter or what was saved has another shape, dtype or device in the backward than in the forward"
         )
 
 

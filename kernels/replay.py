@@ -6,6 +6,7 @@ operands, never on their numbers.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -28,33 +29,45 @@ class Launched(NamedTuple):
     compiled: Any  # None in the interpreter
 
 
-_compiling = ContextVar("_compiling", default=False)
+_waiting: ContextVar[list[Launched] | None] = ContextVar("_waiting", default=None)
+_lock = threading.Lock()
 
 
 def launch(kernel: Any, how: configs.Launch, *tensors: Tensors) -> Launched:
-    """Launch on the current device and stream; under :func:`compile` only compile."""
-    if _compiling.get():
-        compiled = kernel.warmup(*tensors, *how.sizes, grid=how.grid, **how.constants)
-    else:
-        compiled = kernel[how.grid](*tensors, *how.sizes, **how.constants)
-    return Launched(kernel, how, tensors, compiled)
+    """Launch on the current device and stream; under :func:`compile` only remember it."""
+    if (waiting := _waiting.get()) is not None:
+        waiting.append(Launched(kernel, how, tensors, None))
+        return waiting[-1]
+    return Launched(kernel, how, tensors, kernel[how.grid](*tensors, *how.sizes, **how.constants))
 
 
-def compile(run: Callable[[], Any]) -> None:
-    """Compile all kernels that ``run`` launches, at the same time, and launch none.
+def compile(run: Callable[[], Any], x: Tensor) -> None:
+    """Compile all kernels that ``run`` launches on x's device, at the same time, and launch none.
 
-    One after another, as Triton does when they are launched, those of a training step take several times as long.
+    One after another, as Triton does when they are launched, those of a training step take several times as long. Not
+    triton.AsyncCompileMode: before 3.8 it stays on behind an error, and another thread may get its unfinished kernels.
     """
-    if target.interpreted():
+    if target.interpreted() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    from triton import AsyncCompileMode
+    if torch.version.hip is not None:
+        return  # before Triton 3.9, threads of AMD's compiler share its options
+    from triton.runtime import driver
 
-    token = _compiling.set(True)
+    driver.active.get_current_device()  # makes the driver, which is not for several threads to do
+    waiting: list[Launched] = []
+    token = _waiting.set(waiting)
     try:
-        with ThreadPoolExecutor() as pool, AsyncCompileMode(pool):  # the compiler releases Python's lock
-            run()
+        run()
     finally:
-        _compiling.reset(token)
+        _waiting.reset(token)
+
+    def warm_up(step: Launched) -> None:
+        with target.device_of(x):
+            step.kernel.warmup(*step.tensors, *step.how.sizes, grid=step.how.grid, **step.how.constants)
+
+    # The compiler releases Python's lock. Two calls at a time would compile the same twice.
+    with _lock, ThreadPoolExecutor(max(1, len(waiting))) as pool:
+        list(pool.map(warm_up, waiting))
 
 
 class Replay(NamedTuple):
@@ -112,14 +125,15 @@ def record(
         groups.append(tuple([index[id(t)] for t in argument]))
         return len(tensors) + len(groups) - 1
 
+    made = cast(Sequence[Launched], launched)
     try:
-        steps = [
-            (run, tuple(map(place, step.tensors)), others, constants)
-            for step in cast(Sequence[Launched], launched)
-            for run, others, constants in [_runner(step)]
-        ]
+        arguments = [tuple(map(place, step.tensors)) for step in made]
     except KeyError:
         return None  # neither given nor allocated: a copy
+    steps = []
+    for step, indices in zip(made, arguments, strict=True):
+        run, others, constants = _runner(step)
+        steps.append((run, indices, others, constants))
     places = [(t.shape, t.stride(), t.dtype) for t in fresh]
     return Replay(tuple(places), tuple(groups), tuple(steps), tuple([index[id(t)] for t in results]))
 
@@ -127,8 +141,9 @@ def record(
 def _runner(step: Launched) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Return what launches a step again, with what follows the tensors, by place and by name.
 
-    That is the compiled kernel, if there is one: :func:`facts` are all that Triton looks up a kernel by, and looking it
-    up takes the host longer than all the rest of a launch.
+    That is the compiled kernel, if there is one: looking it up takes the host longer than all the rest of a launch.
+    What Triton looks it up by, :func:`facts` say, but for its switches for debugging, and on AMD for the size of the
+    storage around a tensor: the same shape and strides end in the same place.
     """
     kernel, how, tensors, compiled = step
     if compiled is None:

@@ -200,4 +200,5 @@ def test_a_device_that_is_not_the_current_one():
     x = _images(2, SMALL.in_channels, 9, 9, dtype=torch.bfloat16)
     with torch.inference_mode():
         expected = fast(x)
-        assert torch.equal(fast.to("cuda:1")(x.to("cuda:1")).to(DEVICE), expected)
+        for _ in range(2):  # planned, then known
+            assert torch.equal(fast.to("cuda:1")(x.to("cuda:1")).to(DEVICE), expected)

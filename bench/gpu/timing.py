@@ -137,8 +137,9 @@ def each_launch(run: Run, timer: Timer) -> list[dict[str, Any]]:
             if kwargs["warmup"]:
                 return originals[type(self)](self, *args, **kwargs)
             kernels.append(self.fn.__name__)
-            marks.append(timer.mark(lambda: originals[type(self)](self, *args, **kwargs)))
-            return None
+            made: list[Any] = []
+            marks.append(timer.mark(lambda: made.append(originals[type(self)](self, *args, **kwargs))))
+            return made[-1]
 
         configs.forget()  # what is replayed does not come by here
         with contextlib.ExitStack() as patched:
@@ -150,6 +151,7 @@ def each_launch(run: Run, timer: Timer) -> list[dict[str, Any]]:
     originals = {kind: kind.run for kind in (InterpretedFunction, JITFunction)}
     run()  # compiles
     samples = zip(*(timer.read(launch) for _ in range(2 if isinstance(timer, HostTimer) else 15)), strict=True)
+    configs.forget()
     return [{"kernel": name} | summary(list(times), timer.unit) for name, times in zip(kernels, samples, strict=True)]
 
 
