@@ -280,10 +280,10 @@ def _replay_and_finish(call: replay.Replay, *operands: Tensor) -> list[Tensor | 
 def _check_operands(grad_out: Tensor, x: Tensor, *args: Tensor) -> None:
     """Raise RuntimeError where the kernels would pass the end of a tensor: ``.data`` or a hook may have changed it."""
     params, saved, own, byte = args[:12], args[12:], x.dtype, torch.uint8
-    n, channels, *size = x.shape
-    pixels, mask_bytes = x.numel() // channels, _launches().mask_columns(_widths(params))[-1]
+    n, channels, height, width = x.shape
+    pixels, mask_bytes = n * height * width, _launches().mask_columns(_widths(params))[-1]
     expected: list[tuple[Any, torch.dtype]] = [(output_shape(x, params), own)]
-    expected += [((n, weight.shape[0], *size), own) for weight in (params[2], params[6])]
+    expected += [((n, weight.shape[0], height, width), own) for weight in (params[2], params[6])]
     expected += [((pixels, mask_bytes), byte), ((pixels, channels), own), ((pixels, channels), byte)]
     expected += [(shape, own) for shape in fitting_shapes(x, params)]
     found = [(t.shape, t.dtype) for t in (grad_out, *saved, *params)]

@@ -42,15 +42,16 @@ def launch(kernel: Any, how: configs.Launch, *tensors: Tensors) -> Launched:
 
 
 def compile(run: Callable[[], Any], x: Tensor) -> None:
-    """Compile all kernels that ``run`` launches on x's device, at the same time, and launch none.
+    """Compile all kernels that ``run`` launches on x's device, at the same time, and launch none; not on AMD.
 
     One after another, as Triton does when they are launched, those of a training step take several times as long. Not
     triton.AsyncCompileMode: before 3.8 it stays on behind an error, and another thread may get its unfinished kernels.
+    Whatever else ``run`` does, copies and the library's convolutions, is done.
     """
-    if target.interpreted() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if target.interpreted() or torch.version.hip is not None:  # AMD's threads share options before Triton 3.9
         return
-    if torch.version.hip is not None:
-        return  # before Triton 3.9, threads of AMD's compiler share its options
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # where what else is done would stay
+        return
     from triton.runtime import driver
 
     driver.active.get_current_device()  # makes the driver, which is not for several threads to do

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 # Read when torch loads OpenMP. Two teams on two cores spin against each other unless waiting threads sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -18,6 +22,22 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Read when a kernel is defined, and torch defines none on import.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def without_interpreter() -> Callable[[str], str]:
+    """Return what runs code in a process where Triton compiles, and returns what it printed."""
+
+    def run(code: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
+        root = Path(__file__).resolve().parent.parent
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

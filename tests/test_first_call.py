@@ -7,11 +7,7 @@ compile and that do nothing.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,14 +131,8 @@ BACKWARD = [
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
-    root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-W", "ignore", "-c", CODE]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    events: dict[str, Any] = json.loads(done.stdout)
+def found(without_interpreter) -> dict[str, Any]:
+    events: dict[str, Any] = json.loads(without_interpreter(CODE))
     return events
 
 

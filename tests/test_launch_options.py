@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,14 +39,8 @@ print(json.dumps(rows))
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, Any]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
-    root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-W", "ignore", "-c", CODE]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows: dict[str, Any] = json.loads(done.stdout)
+def compiled(without_interpreter) -> dict[str, Any]:
+    rows: dict[str, Any] = json.loads(without_interpreter(CODE))
     return rows
 
 
