@@ -101,6 +101,13 @@ def test_a_known_call_goes_straight_to_its_launches(planned, train, monkeypatch)
         assert [t.stride() for t in one] == [t.stride() for t in other]
 
 
+@MODES
+def test_inference_and_training_are_two_calls(planned, train):
+    net, x = planned
+    close(call(net, x, not train), truth(net, x, not train))
+    close(call(net, x, train), truth(net, x, train))
+
+
 @pytest.mark.parametrize("train", [False])
 def test_a_known_call_keeps_to_inference_mode(planned, train, monkeypatch):
     net, x = planned
@@ -417,8 +424,10 @@ def test_the_operators_are_replayed_too(planned, monkeypatch):
     params, needs = [p.detach() for p in params_of(net)], [True] * 13
 
     def run(x: Tensor) -> list[Tensor]:
+        alone, *kept = forward(x, *params, False)
+        assert [t.numel() > 0 for t in kept] == [True, True, False, False, False]
         out, *saved = forward(x, *params, True)
-        return [out, *backward(torch.ones_like(out), x, *params, *saved, needs), forward(x, *params, False)[0]]
+        return [alone, out, *backward(torch.ones_like(out), x, *params, *saved, needs)]
 
     x = x.detach()
     planned, expected = run(x), run(-x)
