@@ -216,17 +216,19 @@ def test_unknown_ways_to_load_are_refused():
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def compiled(tmp_path_factory: pytest.TempPathFactory, without_interpreter) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("aot")
+    paths = [folder / f"{i}.json" for i in range(len(COMMANDS))]
+    commands = [[*arguments, "--json", str(path)] for arguments, path in zip(COMMANDS, paths, strict=True)]
+    # In one process: to start another and import PyTorch takes as long as a kernel.
+    together = [[*arguments, "--jobs", "1"] for arguments in commands[:-1]]
+    without_interpreter(f"from bench import aot_report\nfor argv in {together}: assert aot_report.main(argv) == 0")
+    # And as a user runs it, in processes of its own.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    rows = []
-    for i, arguments in enumerate(COMMANDS):
-        path = tmp_path_factory.mktemp("aot") / f"{i}.json"
-        command = [sys.executable, "-W", "ignore", str(SCRIPT), *arguments, "--jobs", "2", "--json", str(path)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        rows += json.loads(path.read_text())["rows"]
-    return rows
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), *commands[-1], "--jobs", "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [row for path in paths for row in json.loads(path.read_text())["rows"]]
 
 
 # In a process without the interpreter, on a driver that has no device: Triton's own launcher binds and specialises.
