@@ -143,7 +143,7 @@ def test_unneeded_gradients_are_not_computed(monkeypatch, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize("name", ["3a", "5b"])  # the first and the widest
 def test_saved_tensors_take_six_tenths_of_the_plain_block(name, dtype):
     plain = Inception(*WIDTHS[name]).to(DEVICE, dtype)
     fast = FastInception.from_reference(plain, backend="triton")
@@ -156,6 +156,14 @@ def test_saved_tensors_take_six_tenths_of_the_plain_block(name, dtype):
     assert 0 < kept[1] <= 0.6 * kept[0]
     if target.interpreted():
         assert kept == list(memory.saved_by_block(name, dtype, 1, 1))  # what the command prints, without the kernels
+
+
+@pytest.mark.skipif(not target.interpreted(), reason="kernels are stubbed in the interpreter")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("name", WIDTHS)
+def test_so_they_do_in_each_block_by_the_command(name, dtype):
+    plain, fast = memory.saved_by_block(name, dtype, 2, 3)
+    assert 0 < fast <= 0.6 * plain
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
