@@ -55,7 +55,6 @@ def test_fifty_steps_of_sgd_follow_the_plain_networks_loss(images):
     plain = loss_curve(Inception, images, torch.contiguous_format)
     # It learns: from a loss worse than a blind guess's to one that is better.
     assert plain[:10].mean() > math.log(10) > plain[-10:].mean() + 0.05, plain
-    for layout in (torch.contiguous_format, torch.channels_last):
-        fast = loss_curve(FastInception, images, layout)
-        apart = (fast - plain).abs()
-        assert apart.max() <= 1e-3, f"{layout}: {apart.max():.1e} apart at step {apart.argmax()}, of {plain}"
+    fast = loss_curve(FastInception, images, torch.channels_last)
+    apart = (fast - plain).abs()
+    assert apart.max() <= 1e-3, f"{apart.max():.1e} apart at step {apart.argmax()}, of {plain}"
