@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 from torch.nn import Parameter
 
 from fastinception.kernels import target
@@ -63,13 +64,14 @@ def select(backend: str, x: Tensor, params: Sequence[Tensor]) -> Path:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    special = _special(x, params)
     reason = target.unsupported(x.device, x.dtype) if backend != "aten" else None
     n, _, height, width = x.shape
-    if backend != "aten" and n * height * width > _MOST_PIXELS:
+    if special is None and backend != "aten" and n * height * width > _MOST_PIXELS:
         reason = f"the kernels count at most {_MOST_PIXELS} pixels"
     if backend == "triton" and reason is not None:
         raise ValueError(f"backend='triton' cannot run here: {reason}; use backend='auto' or 'aten'")
-    if (special := _special(x, params)) is not None:
+    if special is not None:
         return Path("plain", special)
     if backend == "triton":
         return Path("triton", "backend='triton' was asked for")
@@ -89,21 +91,35 @@ def emulated(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype in _EMULATED and device.type == "cpu"
 
 
+def traced() -> bool:
+    """Tell whether ``torch.jit.trace`` records the moment: it warns wherever a shape is looked at."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
+def symbolic(x: Any) -> bool:
+    """Tell whether ``x`` stands for a tensor in ``torch.fx.symbolic_trace``, which nothing may be asked about."""
+    return isinstance(x, Proxy)
+
+
 def _special(x: Tensor, params: Sequence[Tensor]) -> str | None:
     """Say what about a call only standard, differentiable operators can serve, or None."""
+    if (state := special_state()) is not None:
+        return state
     if x.numel() == 0:
         return "x is empty"
     if x.is_meta:
         return "x is on the meta device"
     for kind in {type(x), *map(type, params)} - PLAIN:
         return f"an operand is a {kind.__qualname__}"
-    return special_state()
+    return None
 
 
 def special_state() -> str | None:
     """Say what about the moment only standard, differentiable operators can serve, or None."""
     if torch.compiler._is_exporting_flag:  # is_exporting() is constantly true to Dynamo, in torch.compile too
         return "an exported program holds standard operators only"
+    if traced():
+        return "torch.jit.trace keeps standard operators without side effects only"
     if torch._C._are_functorch_transforms_active():
         return "a functorch transform (vmap, grad, jvp, ...) is active"
     if forward_ad._current_level >= 0:

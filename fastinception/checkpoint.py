@@ -93,12 +93,13 @@ def load(path: Path) -> dict[str, Any]:
         return _read(path)
     except ValueError as error:
         message = f"{path} cannot be used: {error}."
-    other = path.with_name(PREVIOUS if path.name != PREVIOUS else CURRENT)
-    try:
-        _read(other)
-    except ValueError:
-        raise CheckpointError(f"{message} There is no other good checkpoint beside it.") from None
-    raise CheckpointError(f"{message} {other.name} beside it is good; continue from it with --resume {other}")
+    for other in (path.with_name(CURRENT), path.with_name(PREVIOUS)):
+        try:
+            _read(other)
+        except ValueError:
+            continue
+        raise CheckpointError(f"{message} {other.name} beside it is good; continue from it with --resume {other}")
+    raise CheckpointError(f"{message} There is no other good checkpoint beside it.")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -23,6 +23,8 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if backends.symbolic(input):
+            return super().forward(input)
         casts = input.device.type == "cpu" and torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if casts else input.dtype
         operands = [input, self.weight] if self.bias is None else [input, self.weight, self.bias]

@@ -109,7 +109,8 @@ def prepare(x: Tensor, params: Sequence[Tensor], backend: str) -> tuple[Path, Te
 
 
 def _select(x: Tensor, params: Sequence[Tensor], backend: str) -> Path:
-    _check_input(x, params)
+    if not backends.traced():  # there the convolutions find what does not fit
+        _check_input(x, params)
     return backends.select(backend, x, params)
 
 
@@ -119,7 +120,7 @@ def check_images(x: Tensor) -> None:
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() != 4:
         raise ValueError(f"x must be [N, C, H, W], got {x.dim()} dimensions: {list(x.shape)}")
-    if not x.is_floating_point():
+    if not (x.is_floating_point() or x.is_quantized):  # a quantized one goes through the modules that replaced a child
         raise TypeError(f"x must be of a floating dtype, got {x.dtype}")
 
 

@@ -56,7 +56,7 @@ class _FirstStage(nn.Sequential):
 
     def _parts(self, input: Tensor) -> int:
         """Return 1, 2, 4 or 8: each needs a graph of its own under torch.compile."""
-        if torch.is_grad_enabled() or input.device.type != "cpu" or input.dim() != 4:
+        if backends.symbolic(input) or torch.is_grad_enabled() or input.device.type != "cpu" or input.dim() != 4:
             return 1
         if torch.compiler._is_exporting_flag or (not torch.compiler.is_compiling() and eager.watched()):
             return 1  # a program that is kept would hold this batch's parts

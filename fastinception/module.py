@@ -9,7 +9,9 @@ from torch.nn.modules import module as nn_module
 
 from fastinception import backends
 from fastinception.backends import Path
+from fastinception.conv import Conv2d
 from fastinception.functional import check_images, copy_into, inception, prepare
+from fastinception.pool import MaxPool2d
 from fastinception.reference import Inception
 
 # What each child computes, if nobody edited it: kernel size, padding, stride, dilation, groups, padding mode.
@@ -17,6 +19,9 @@ _CONVS = {
     name: ((size, size), (size // 2, size // 2), (1, 1), (1, 1), 1, "zeros")
     for name, size in {"p1_1": 1, "p2_1": 1, "p2_2": 3, "p3_1": 1, "p3_2": 5, "p4_2": 1}.items()
 }
+# The package's own compute the same.
+_CONV_CLASSES = (nn.Conv2d, Conv2d)
+_POOL_CLASSES = (nn.MaxPool2d, MaxPool2d)
 
 
 class FastInception(Inception):
@@ -71,13 +76,14 @@ class FastInception(Inception):
         """Return ``module`` as a fast block that shares its children, and so its parameters, and its hooks.
 
         Raises:
-            TypeError: ``module`` is not an :class:`fastinception.Inception`, or overrides its forward.
+            TypeError: ``module`` is not an :class:`fastinception.Inception`, or overrides its forward or call.
         """
-        if not isinstance(module, Inception) or type(module).forward not in (Inception.forward, cls.forward):
+        kind = type(module)
+        known = isinstance(module, Inception) and kind.forward in (Inception.forward, cls.forward)
+        if not known or kind.__call__ is not nn.Module.__call__:
             raise TypeError(
-                "from_reference takes a fastinception.Inception with its own forward, got "
-                f"{type(module).__qualname__}; for another class, build {cls.__name__} with the same widths and load "
-                "its state_dict"
+                f"from_reference takes a fastinception.Inception with its own forward, got {_name(kind)}; for another "
+                f"class with the same convolutions, build {cls.__name__} with the same widths and load their weights"
             )
         fast = cls.__new__(cls)
         fast.__dict__.update(module.__dict__)
@@ -97,7 +103,12 @@ class FastInception(Inception):
 
         Raises:
             TypeError, ValueError: see :func:`fastinception.functional.inception`.
+            TypeError: in ``torch.fx.symbolic_trace``, an ``out``.
         """
+        if backends.symbolic(x):
+            if out is not None:  # a Proxy as well, if the block itself is traced
+                raise TypeError("torch.fx records no call with out: concrete_args={'out': None} was expected")
+            return super().forward(x)
         if _edited(self) is None:
             return inception(x, _params(self), backend=self.backend, out=out)
         check_images(x)
@@ -141,9 +152,9 @@ def _edited(block: Inception) -> str | None:
         return "a global module hook is registered"
     children = block._modules
     for name, settings in _CONVS.items():
-        conv = children.get(name)
-        if type(conv) is not nn.Conv2d:  # a subclass, a parametrization and a wrapper all change the class
-            return f"{name} is a {type(conv).__qualname__}"
+        conv: Any = children.get(name)
+        if type(conv) not in _CONV_CLASSES:  # a subclass, a parametrization and a wrapper all change the class
+            return f"{name} is a {_name(type(conv))}"
         if "bias" in conv._parameters and conv._parameters["bias"] is None:
             return f"{name} has no bias"
         own = (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups, conv.padding_mode)
@@ -151,9 +162,9 @@ def _edited(block: Inception) -> str | None:
             return f"{name} was reconfigured: {_settings(conv, 'padding_mode', 'groups')}"
         if (reason := wrapped(conv)) is not None:
             return f"{name} {reason}"
-    pool = children.get("p4_1")
-    if type(pool) is not nn.MaxPool2d:
-        return f"p4_1 is a {type(pool).__qualname__}"
+    pool: Any = children.get("p4_1")
+    if type(pool) not in _POOL_CLASSES:
+        return f"p4_1 is a {_name(type(pool))}"
     if (
         pool.kernel_size not in (3, (3, 3))
         or pool.stride not in (1, (1, 1))
@@ -166,6 +177,10 @@ def _edited(block: Inception) -> str | None:
     if (reason := wrapped(pool)) is not None:
         return f"p4_1 {reason}"
     return None
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _settings(child: nn.Module, *more: str) -> str:

@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         const=True,
         type=Path,
         metavar="CHECKPOINT",
-        help="go on with the run in --output, from its newest checkpoint or from the one that is given",
+        help="go on with the run in --output, from its newest checkpoint or from the one, or the folder, that is given",
     )
     add("--checkpoint-steps", type=integer(1), metavar="N", help="checkpoint every N steps, too, not only every epoch")
     return parser
@@ -122,19 +122,26 @@ def _join(name: str, parser: argparse.ArgumentParser) -> World:
 
 def _find_run(args: argparse.Namespace) -> tuple[Path, dict[str, Any] | None]:
     """Return the folder of the run, and the state to continue from."""
-    given = isinstance(args.resume, Path)
-    folder: Path = args.output or (args.resume.parent if given else Path("runs", "train"))
-    if args.resume is True:
-        if (found := checkpoint.newest(folder)) is None:
-            raise TrainingError(f"{folder} holds no run to resume; without --resume one is started there")
-        return folder, checkpoint.load(found)
-    if given and args.resume.parent.resolve() == folder.resolve():
-        return folder, checkpoint.load(args.resume)
+    wanted = args.resume
+    if isinstance(wanted, Path) and wanted.is_dir():
+        wanted = _newest(wanted)
+    given = isinstance(wanted, Path)
+    folder: Path = args.output or (wanted.parent if given else Path("runs", "train"))
+    if wanted is True:
+        return folder, checkpoint.load(_newest(folder))
+    if given and wanted.parent.resolve() == folder.resolve():
+        return folder, checkpoint.load(wanted)
     if taken := [name for name in FILES if (folder / name).exists()]:
         raise TrainingError(
             f"{folder} holds a run already ({taken[0]}): continue it with --resume, or choose another --output"
         )
-    return folder, checkpoint.load(args.resume) if given else None
+    return folder, checkpoint.load(wanted) if given else None
+
+
+def _newest(folder: Path) -> Path:
+    if (found := checkpoint.newest(folder)) is None:
+        raise TrainingError(f"{folder} holds no run to resume; without --resume one is started there")
+    return found
 
 
 def _agree(find: Callable[[], Any], world: World) -> Any:

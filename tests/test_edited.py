@@ -7,8 +7,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.ao import quantization
 from torch.nn.utils import parametrizations, parametrize, prune
 
+import fastinception
 from fastinception import FastInception, Inception, explain
 
 SMALL = (5, 4, (3, 6), (2, 3), 7)
@@ -287,6 +289,32 @@ def test_explain_names_the_child_that_from_reference_took_over_edited():
     doubled_pool_hook(plain)
     fast = FastInception.from_reference(plain)
     check_plain_path(plain, fast, x, "p4_1", "hooks")
+
+
+@pytest.mark.parametrize("name", ["p1_1", "p2_2", "p4_1"])
+def test_the_packages_own_layers_are_no_edit(name):
+    """A user who takes them for all of a network's layers meets the block's, too."""
+    plain, fast, x = pair()
+    cls = {"p4_1": fastinception.MaxPool2d}.get(name, fastinception.Conv2d)
+    other_class(fast, name, cls)
+    assert explain(fast, x).name == "aten"
+    torch.testing.assert_close(fast(x), plain(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_static_quantization_as_in_the_plain_block():
+    results = []
+    for block in pair()[:2]:
+        torch.manual_seed(1)
+        x = torch.randn(2, 5, 8, 6)
+        net = nn.Sequential(quantization.QuantStub(), block, quantization.DeQuantStub()).eval()
+        net.qconfig = quantization.get_default_qconfig("x86")
+        quantization.prepare(net, inplace=True)
+        net(x)
+        quantization.convert(net, inplace=True)
+        results.append(net(x))
+    assert torch.equal(*results)
+    assert explain(net[1], net[0](x)).reason.startswith("p1_1 is a torch.ao.nn.quantized")
 
 
 def test_additional_children_and_attributes_do_not_matter():

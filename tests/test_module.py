@@ -104,11 +104,17 @@ class OwnForward(Inception):
         return super().forward(x) + 1
 
 
+class OwnCall(Inception):
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
 @pytest.mark.parametrize(
     ("module", "named"),
     [
-        (nn.Conv2d(1, 1, 1), "Conv2d"),
+        (nn.Conv2d(1, 1, 1), "torch.nn.modules.conv.Conv2d"),
         (OwnForward(*SMALL), "OwnForward"),
+        (OwnCall(*SMALL), "OwnCall"),
         (None, "NoneType"),
         (Inception, "type"),
     ],

@@ -451,6 +451,8 @@ def test_damaged_checkpoint_names_the_good_one(command, finished, tmp_path, monk
         assert position(folder) == position(folder, previous.name)
         assert command(folder, "--resume", str(previous)) == 0
         assert_same_run(folder, finished)
+    assert command(folder, "--resume", str(folder / "checkpoint.3.pt")) == 1  # the newer of two good ones is named
+    assert capsys.readouterr().err.strip().endswith(f"--resume {current if kind == 'truncated' else previous}")
     for path in (current, previous):
         path.write_bytes(path.read_bytes()[:100])
     assert command(folder, "--resume") == 1
@@ -554,7 +556,7 @@ def test_resume_takes_the_recipe_from_the_run_and_another_block(command, images,
         at_step(patch, 2, lambda x: signal.raise_signal(signal.SIGTERM))
         assert command(folder, "--lr", "0.05", epochs=1) == 143
     given = ["--device", "cpu", "--data-root", str(images), "--block", "plain"]
-    assert train.main([*given, "--resume", str(folder / "checkpoint.pt")]) == 0
+    assert train.main([*given, "--resume", str(folder)]) == 0  # or its checkpoint.pt
     config = json.loads((folder / "config.json").read_text())
     assert (config["lr"], config["batch_size"], config["epochs"], config["block"]) == (0.05, BATCH, 1, "plain")
     sessions = json.loads((folder / "environment.json").read_text())

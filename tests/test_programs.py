@@ -1,0 +1,111 @@
+"""Programs that are kept and run elsewhere: torch.jit.trace, torch.fx, and what is built on them.
+
+They record what a call does. Writes into a slice are lost on the way through some of them, without a word, and a
+Proxy of torch.fx is no tensor: all of them get the textbook's operators.
+"""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+from fastinception import FastInception, GoogLeNet, Inception, explain
+
+SMALL = (5, 4, (3, 6), (2, 3), 7)
+
+pytestmark = [  # torch.jit is deprecated, and used
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+def block(backend):
+    torch.manual_seed(0)
+    return FastInception(*SMALL, backend=backend).eval(), torch.randn(2, 5, 6, 4)
+
+
+def network():
+    torch.manual_seed(0)
+    return GoogLeNet(FastInception).eval(), torch.randn(2, 1, 32, 32)
+
+
+CASES = {"aten": lambda: block("aten"), "triton": lambda: block("triton"), "network": network}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    """Return a module, an input, another batch, and what the textbook's modules make of both."""
+    fast, x = CASES[request.param]()
+    plain = Inception(*SMALL) if isinstance(fast, FastInception) else GoogLeNet()
+    plain.load_state_dict(fast.state_dict())
+    more = torch.cat((x, -x, x.flip(0)))
+    return fast, x, more, plain(x).detach(), plain(more).detach()
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_traced(case, grad):
+    fast, x, more, expected, expected_more = case
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(fast, x)  # compares two traces, too
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    assert "fastinception::" not in str(loaded.inlined_graph)  # or it could not be loaded without the package
+    for program in (traced, loaded):
+        close(program(x), expected)
+        close(program(more), expected_more)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loaded(leaf).square().sum(), leaf)
+    (wanted,) = torch.autograd.grad(fast(leaf).square().sum(), leaf)
+    close(gradient, wanted)
+
+
+def test_traced_and_optimized(case):
+    """Its passes drop what was written into a slice of an output."""
+    fast, x, more, expected, expected_more = case
+    with torch.no_grad():
+        optimized = torch.jit.optimize_for_inference(torch.jit.trace(fast, x))
+        close(optimized(x), expected)
+        close(optimized(more), expected_more)
+
+
+def test_a_block_is_fast_again_behind_a_trace():
+    fast, x = block("triton")
+    torch.jit.trace(fast, x)
+    assert explain(fast, x).name == "triton"
+
+
+def test_symbolically_traced(case):
+    fast, x, more, expected, expected_more = case
+    given = {"out": None} if isinstance(fast, FastInception) else None
+    program = torch.fx.symbolic_trace(fast, concrete_args=given)
+    close(program(x), expected)
+    close(program(more), expected_more)
+    blocks = [m for m in fast.modules() if isinstance(m, FastInception)]
+    nodes = [node.target for node in program.graph.nodes if node.op == "call_module"]
+    assert sum(name.split(".")[-1].startswith("p") for name in nodes) == 7 * len(blocks)  # each layer is one
+
+
+def test_features_are_extracted_by_name():
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    fast, x = network()
+    plain = GoogLeNet()
+    plain.load_state_dict(fast.state_dict())
+    names = {"0.0": "convolution", "2.0": "block", "2.2": "pool"}
+    ours, theirs = (create_feature_extractor(net.eval(), names)(x) for net in (fast, plain))
+    for name in names.values():
+        close(ours[name], theirs[name])
+
+
+def test_a_symbolic_call_with_a_buffer_is_refused():
+    """The textbook's forward would drop the buffer, which is an argument of the block itself."""
+    with pytest.raises(TypeError, match=r"concrete_args=\{'out': None\} was expected"):
+        torch.fx.symbolic_trace(block("aten")[0])
