@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?=
-OLDEST_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,aot block configs functional emulated first_call first_stage gpu_parts gpu_suite kernels launch_options ops compile equivalence module gradients edited inputs out pool programs replay roofline special transforms)))
+OLDEST_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,aot block configs few functional emulated first_call first_stage gpu_parts gpu_suite kernels launch_options ops compile equivalence module gradients edited inputs out pool programs replay roofline special transforms)))
 # A process for each core, up to four: each holds PyTorch, and what a file shares is made once in each.
 WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
 RUN := $(VENV)/bin/python

@@ -22,10 +22,9 @@ def compose(x: Tensor, params: Sequence[Tensor], relu: bool = True) -> Tensor:
     """
     w1, b1, w21, b21, w22, b22, w31, b31, w32, b32, w42, b42 = params
     activation = F.relu if relu else (lambda y: y)
-    entry = activation(F.conv2d(x, torch.cat((w1, w21, w31)), torch.cat((b1, b21, b31))))
-    p1, r2, r3 = entry.split((w1.shape[0], w21.shape[0], w31.shape[0]), dim=1)
-    p2 = activation(F.conv2d(r2, w22, b22, padding=1))
-    p3 = activation(F.conv2d(r3, w32, b32, padding=2))
+    p1 = activation(F.conv2d(x, w1, b1))
+    p2 = activation(F.conv2d(activation(F.conv2d(x, w21, b21)), w22, b22, padding=1))
+    p3 = activation(F.conv2d(activation(F.conv2d(x, w31, b31)), w32, b32, padding=2))
     p4 = activation(F.conv2d(F.max_pool2d(x, 3, 1, 1), w42, b42))
     return torch.cat((p1, p2, p3, p4), dim=1)
 

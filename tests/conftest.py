@@ -21,10 +21,22 @@ os.environ.setdefault(
 import pytest
 import torch
 
+from fastinception import functional
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Read when a kernel is defined, and torch defines none on import.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Tests are about the block's own ways, at sizes where a CPU takes standard operators; those of that choice say so.
+FEW, functional.FEW = functional.FEW, -1
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Let a CPU take standard operators for as few elements as outside the tests, and return how many these are."""
+    monkeypatch.setattr(functional, "FEW", FEW)
+    return FEW
 
 
 def _hasten_interpreter() -> None:
