@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -90,6 +91,9 @@ def library(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, relu: bool,
         replay.launch(_library_kernel, launch, tuple(results), tuple(conv.bias for conv in convs), out, mask)
 
 
+_deterministic = threading.Lock()
+
+
 def weight_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:
     """Write the gradient of the weight of a convolution with stride 1 whose output has its input's size.
 
@@ -103,13 +107,15 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:
     n, _, height, width = x.shape
     grad = grad.view(n, height, width, -1).permute(0, 3, 1, 2)
     padding = [size // 2 for size in out.shape[2:]]
-    # Not torch.backends.cudnn: that may be closed to changes, and its precisions are not ours to touch.
-    before = torch._C._get_cudnn_deterministic()
-    torch._C._set_cudnn_deterministic(True)
-    try:
-        _, result, _ = torch.ops.aten.convolution_backward(
-            grad, x, out, None, (1, 1), padding, (1, 1), False, (0, 0), 1, (False, True, False)
-        )
-    finally:
-        torch._C._set_cudnn_deterministic(before)
+    # Not torch.backends.cudnn: that may be closed to changes, and its precisions are not ours to touch. Autograd has a
+    # thread for each device: one would find what another set, and leave it so.
+    with _deterministic:
+        before = torch._C._get_cudnn_deterministic()
+        torch._C._set_cudnn_deterministic(True)
+        try:
+            _, result, _ = torch.ops.aten.convolution_backward(
+                grad, x, out, None, (1, 1), padding, (1, 1), False, (0, 0), 1, (False, True, False)
+            )
+        finally:
+            torch._C._set_cudnn_deterministic(before)
     out.copy_(result)

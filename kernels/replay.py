@@ -34,11 +34,23 @@ _lock = threading.Lock()
 
 
 def launch(kernel: Any, how: configs.Launch, *tensors: Tensors) -> Launched:
-    """Launch on the current device and stream; under :func:`compile` only remember it."""
+    """Launch on the current device and stream; under :func:`compile` only remember it.
+
+    Raises:
+        RuntimeError: what the driver says; while a CUDA graph is captured it loads no kernel.
+    """
     if (waiting := _waiting.get()) is not None:
         waiting.append(Launched(kernel, how, tensors, None))
         return waiting[-1]
-    return Launched(kernel, how, tensors, kernel[how.grid](*tensors, *how.sizes, **how.constants))
+    try:
+        return Launched(kernel, how, tensors, kernel[how.grid](*tensors, *how.sizes, **how.constants))
+    except RuntimeError as error:
+        if "capturing" not in str(error):
+            raise
+        raise RuntimeError(
+            "a kernel has to be loaded, and no CUDA graph may be captured meanwhile: a call with the same shapes, "
+            "dtypes, strides and gradients was expected before the capture"
+        ) from error
 
 
 def compile(run: Callable[[], Any], x: Tensor) -> None:
@@ -50,8 +62,9 @@ def compile(run: Callable[[], Any], x: Tensor) -> None:
     """
     if target.interpreted() or torch.version.hip is not None:  # AMD's threads share options before Triton 3.9
         return
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # where what else is done would stay
-        return
+    with target.device_of(x):
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():  # where what else is done would stay
+            return
     from triton.runtime import driver
 
     driver.active.get_current_device()  # makes the driver, which is not for several threads to do
@@ -64,7 +77,8 @@ def compile(run: Callable[[], Any], x: Tensor) -> None:
 
     def warm_up(step: Launched) -> None:
         with target.device_of(x):
-            step.kernel.warmup(*step.tensors, *step.how.sizes, grid=step.how.grid, **step.how.constants)
+            compiled = step.kernel.warmup(*step.tensors, *step.how.sizes, grid=step.how.grid, **step.how.constants)
+            compiled[step.how.grid]  # loads it, and before Triton 3.8 has the host's compiler build its launcher
 
     # The compiler releases Python's lock. Two calls at a time would compile the same twice.
     with _lock, ThreadPoolExecutor(max(1, len(waiting))) as pool:

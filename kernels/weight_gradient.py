@@ -134,21 +134,22 @@ def _sum_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add up the parts of BLOCK_N elements of one result, BLOCK_P at a time and in order.
+    """Add up the parts of BLOCK_N elements of one result, each BLOCK_P-th in order, and their BLOCK_P sums at the end.
 
-    The tiles of the results follow one another; ``firsts`` is where each result's begin, and the last one's end.
+    A sum over the tile in each step would wait for its loads, and for all threads, before the next. The tiles of the
+    results follow one another; ``firsts`` is where each result's begin, and the last one's end.
     """
     tile = tl.program_id(0)
     for i in tl.static_range(COUNT):
         if (tile >= firsts[i]) & (tile < firsts[i + 1]):
             offs_n = (tile - firsts[i]) * BLOCK_N + tl.arange(0, BLOCK_N)
             mask_n = offs_n < sizes[i]
-            total = tl.zeros((BLOCK_N,), dtype=partials_ptr.dtype.element_ty)
-            for first in range(0, parts[i], BLOCK_P):
+            total = tl.zeros((BLOCK_P, BLOCK_N), dtype=partials_ptr.dtype.element_ty)
+            for first in tl.range(0, parts[i], BLOCK_P, loop_unroll_factor=4):
                 offs_p = first + tl.arange(0, BLOCK_P)
                 part = partials_ptr + sums[i] + offs_p.to(tl.int64)[:, None] * strides[i] + offs_n[None, :]
-                total += tl.sum(tl.load(part, mask=(offs_p < parts[i])[:, None] & mask_n[None, :], other=0.0), axis=0)
-            tl.store(out_ptrs[i] + offs_n, total, mask=mask_n)
+                total += tl.load(part, mask=(offs_p < parts[i])[:, None] & mask_n[None, :], other=0.0)
+            tl.store(out_ptrs[i] + offs_n, tl.sum(total, axis=0), mask=mask_n)
 
 
 class Division(NamedTuple):

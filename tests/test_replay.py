@@ -489,3 +489,22 @@ def test_what_cannot_be_recorded(why):
     else:
         operands.append(a)
     assert replay.record(launched, operands, [out], [out]) is None
+
+
+def test_a_first_call_inside_a_capture_says_what_it_needs():
+    class Refused:
+        def __init__(self, words):
+            self.words = words
+
+        def __getitem__(self, grid):
+            def run(*args, **kwargs):
+                raise RuntimeError(self.words)
+
+            return run
+
+    how = configs.launch(1, ())
+    words = "Triton Error [CUDA]: operation not permitted when stream is capturing"
+    with pytest.raises(RuntimeError, match="gradients was expected before the capture"):
+        replay.launch(Refused(words), how)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        replay.launch(Refused("Triton Error [CUDA]: out of memory"), how)
