@@ -98,11 +98,18 @@ def narrowed(tiles: Tiles, key: Key) -> Tiles:
 
 
 class Tuner:
-    """Measure candidates, and remember what was measured in ``path``."""
+    """Measure candidates, remember what was measured in ``path``, and write the ``table``."""
 
     def __init__(
-        self, path: Path, progress: dict[str, Any], device: torch.device, deadline: float, display: Display
+        self,
+        path: Path,
+        progress: dict[str, Any],
+        device: torch.device,
+        deadline: float,
+        display: Display,
+        table: Path | None = None,
     ) -> None:
+        self.table = table
         self.path, self.progress, self.device, self.deadline, self.display = path, progress, device, deadline, display
         self.timer = DryTimer() if device.type == "cpu" else Timer(device)
         self.choice = {}
@@ -134,8 +141,16 @@ class Tuner:
         if name not in self.progress["measured"]:
             if time.monotonic() > self.deadline:
                 raise OutOfTime
-            self.progress["measured"][name] = self._measure(run, choice, base)
+            measured = self.progress["measured"]
+            measured[name] = {"dropped": "the program ended meanwhile"}  # a choice that hangs is not tried again
             write_json(self.progress, self.path)
+            try:
+                measured[name] = self._measure(run, choice, base)
+            except KeyboardInterrupt:
+                del measured[name]
+                raise
+            finally:
+                write_json(self.progress, self.path)
             synchronize(self.device)  # where the choice broke the device, this ends the program, and it is recorded
         row = self.progress["measured"][name]
         if "dropped" in row:
@@ -160,14 +175,18 @@ class Tuner:
         own_times, base_times = [], []
         for _ in range(ROUNDS):
             for self.choice, times in ((base, base_times), (choice, own_times)):
+                run()  # plans its launches again, as the choice was changed
                 times += self.timer(run)
         median = {"": own_times, "default_": base_times}
         return {f"{name}{self.timer.unit}": round(statistics.median(times), 3) for name, times in median.items()}
 
     def tune(self, unit: Unit, most: int | None) -> list[dict[str, Any]]:
-        """Return the table's entries of one block; ``most`` bounds the candidates of a step."""
-        entries = []
+        """Return the entries of one block, recorded behind each pass; ``most`` bounds the candidates of a step."""
+        done, entries = self.progress["entries"], []
         for name, run in unit.passes(self.device).items():
+            if (found := done.get(f"{unit} {name}")) is not None:
+                entries += found
+                continue
             self.choice, self.asked = {}, {}
             with launched() as kernels:
                 self.expected = [tensor.clone() for tensor in run()]
@@ -182,12 +201,17 @@ class Tuner:
             early = {key: replace(tiles, launch_pdl=True) for key, tiles in best.items()}
             if any(key[5].runs_pdl for key in best) and self.compare(f"{unit} {name} early", run, early, best) < MARGIN:
                 best = early
-            entries += [
+            done[f"{unit} {name}"] = [
                 {"block": unit.block, "kernel": key[0], "dtype": str(key[4]).removeprefix("torch.")}
                 | dict(zip(("rows", "reduction", "columns"), key[1:4], strict=True))
                 | {"tiles": asdict(tiles)}
                 for key, tiles in best.items()
             ]
+            entries += done[f"{unit} {name}"]
+            write_json(self.progress, self.path)
+            if self.table is not None:
+                found = [entry for entries_of_pass in done.values() for entry in entries_of_pass]
+                write_json({"conditions": self.progress["conditions"], "entries": found}, self.table)
         return entries
 
     def _search(self, name: str, run: Run, key: Key, most: int | None) -> Tiles:
@@ -271,23 +295,25 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         units = [Unit("tiny", Widths(16, 8, (8, 8), (8, 8), 8), 2, 32, "fp16")]
     display = Display(Console())
-    tuner = Tuner(args.path, args.progress, args.device, time.monotonic() + args.budget, display)
-    done = args.progress["entries"]
-    with display.live, mock.patch.object(configs, "choose", tuner.choose), torch.no_grad():
-        for i, unit in enumerate(units):
-            display.stage(str(unit), i, len(units))
-            if str(unit) in done:
-                continue
-            try:
-                done[str(unit)] = tuner.tune(unit, most=1 if args.dry_run else None)
-            except OutOfTime:
-                break
-            write_json(args.progress, args.path)
-            entries = [entry for found in done.values() for entry in found]
-            write_json({"conditions": args.progress["conditions"], "entries": entries}, args.output)
+    tuner = Tuner(args.path, args.progress, args.device, time.monotonic() + args.budget, display, args.output)
+    left = len(units)
+    benchmark = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True  # the library at its best
+    try:
+        with display.live, mock.patch.object(configs, "choose", tuner.choose), torch.no_grad():
+            for i, unit in enumerate(units):
+                display.stage(str(unit), i, len(units))
+                if str(unit) not in args.progress["entries"]:
+                    tuner.tune(unit, most=1 if args.dry_run else None)
+                    args.progress["entries"][str(unit)] = []  # its passes have them: nothing of it is left
+                    write_json(args.progress, args.path)
+                left -= 1
+    except OutOfTime:
+        pass
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
     configs.forget()
-    left = sum(str(unit) not in done for unit in units)
-    display.say(f"{args.output}: {len(done)} blocks; {f'{left} are left, run again' if left else 'all done'}")
+    display.say(f"{args.output}: {len(units) - left} blocks; {f'{left} are left, run again' if left else 'all done'}")
     return 0
 
 

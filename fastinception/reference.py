@@ -30,7 +30,8 @@ def _pair(name: str, value: object) -> tuple[int, int]:
 class Inception(nn.Module):
     """Run four parallel branches over one input and concatenate them on the channels.
 
-    The block of GoogLeNet (Szegedy et al. 2015, arXiv:1409.4842) in its textbook form: biases, no batch
+    The block of GoogLeNet (Szegedy et al. 2015, arXiv:1409.4842) in its textbook form (Zhang et al.,
+    Dive into Deep Learning, "Networks with Parallel Concatenations"): biases, no batch
     normalisation, a ReLU after every convolution. In the order of the output channels:
 
     1. ``p1_1``: 1x1 convolution to ``c1`` channels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import time
@@ -310,3 +311,56 @@ def refused(arguments: list[str], message: str, capsys: Any) -> None:
     assert ended.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
     assert re.search(message, said), said
+
+
+def test_a_pass_is_in_the_table_before_its_block_is_finished(make, tmp_path, monkeypatch):
+    tuner = make()
+    tuner.table = tmp_path / "table.json"
+    forward = UNIT.passes(CPU)["forward"]
+
+    def too_late() -> list[torch.Tensor]:
+        raise tune.OutOfTime
+
+    monkeypatch.setattr(trial.Unit, "passes", lambda self, device: {"forward": forward, "backward": too_late})
+    with pytest.raises(tune.OutOfTime):
+        tuner.tune(UNIT, None)
+    entries = json.loads(tuner.table.read_text())["entries"]
+    assert {entry["kernel"] for entry in entries} == {"entry", "spatial"}
+    monkeypatch.setattr(trial.Unit, "passes", lambda self, device: {"forward": too_late})
+    assert json.loads(json.dumps(tuner.tune(UNIT, None))) == entries  # not run again
+
+
+def test_a_choice_that_ends_the_program_is_not_tried_again(make, monkeypatch):
+    tuner = make()
+    choice = {SPATIAL: configs.Tiles(32, 32, 16, 4, 1)}
+
+    def ends(*_: Any) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner, "_measure", ends)
+        with pytest.raises(SystemExit):
+            tuner.compare("block", list, choice, {})
+    assert json.loads(tuner.path.read_text())["measured"] == tuner.progress["measured"]
+    assert tuner.compare("block", list, choice, {}) == float("inf")
+
+
+def test_no_sample_holds_the_planning_of_a_new_choice(make):
+    """A choice empties the caches of launches: what runs first behind it plans them again."""
+    tuner = make()
+    tuner.expected = [torch.ones(3)]
+    events: list[str] = []
+
+    def run() -> list[torch.Tensor]:
+        events.append("run")
+        return [torch.ones(3)]
+
+    class Noted(FakeTimer):
+        def __call__(self, run: Any) -> list[float]:
+            events.append("timed")
+            return [1.0]
+
+    tuner.timer = Noted(None, tuner)
+    assert tuner.compare("block", run, {SPATIAL: configs.Tiles(32, 32, 16, 4, 1)}, {}) == 1
+    assert events.count("timed") == 2 * tune.ROUNDS
+    assert all(before == "run" for before, event in itertools.pairwise(events) if event == "timed")
