@@ -18,6 +18,7 @@ SMALL = (5, 4, (3, 6), (2, 3), 7)
 pytestmark = [  # torch.jit is deprecated, and used
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("error::torch.jit.TracerWarning"),  # a plain block has none
 ]
 
 
@@ -82,10 +83,12 @@ def test_a_block_is_fast_again_behind_a_trace():
     assert explain(fast, x).name == "triton"
 
 
-def test_symbolically_traced(case):
+@pytest.mark.parametrize("grad", [True, False])
+def test_symbolically_traced(case, grad):
     fast, x, more, expected, expected_more = case
     given = {"out": None} if isinstance(fast, FastInception) else None
-    program = torch.fx.symbolic_trace(fast, concrete_args=given)
+    with torch.set_grad_enabled(grad):
+        program = torch.fx.symbolic_trace(fast, concrete_args=given)
     close(program(x), expected)
     close(program(more), expected_more)
     blocks = [m for m in fast.modules() if isinstance(m, FastInception)]
