@@ -32,11 +32,17 @@ if not HAS_GPU:
 FEW, functional.FEW = functional.FEW, -1
 
 
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Let a CPU take standard operators for as few elements as outside the tests, and return how many these are."""
-    monkeypatch.setattr(functional, "FEW", FEW)
+@pytest.fixture(scope="session")
+def usual_few() -> int:
+    """Return what FEW is outside of the tests, in a user's process as in one that a test starts."""
     return FEW
+
+
+@pytest.fixture
+def few(usual_few: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Let a CPU take standard operators for as few elements as outside of the tests, and return how many these are."""
+    monkeypatch.setattr(functional, "FEW", usual_few)
+    return usual_few
 
 
 def _hasten_interpreter() -> None:

@@ -22,7 +22,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from fastinception import GoogLeNet, Inception, checkpoint, train, trainer
+from fastinception import GoogLeNet, Inception, checkpoint, functional, train, trainer
 from fastinception.data import fashion_mnist
 from fastinception.googlenet import xavier_uniform_
 
@@ -44,7 +44,15 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     path.write_bytes(gzip.compress(header + array.tobytes()))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def _as_in_a_process_of_its_own(usual_few):
+    """Runs in this process and in others are compared bit for bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "FEW", usual_few)
+        yield
+
+
+@pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     """The first real images, in a folder that is read at once."""
     folder = tmp_path_factory.mktemp("images")
@@ -58,7 +66,7 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def command(images):
     """Run the command in this process and return its exit status."""
 
@@ -69,7 +77,7 @@ def command(images):
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(tmp_path_factory, command) -> Path:
     """The folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
@@ -207,7 +215,7 @@ def test_uneven_last_batch_counts_by_its_examples(command, tmp_path, monkeypatch
     assert row["train_loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-6)
 
 
-def test_compiled_is_one_graph_for_each_way(command, finished, tmp_path, monkeypatch):
+def test_compiled_is_one_graph_for_each_way(command, tmp_path, monkeypatch):
     """One for training, one for testing; the smaller last batches run eagerly, the names stay."""
     compile_net, graphs = torch.compile, []
 
@@ -218,10 +226,12 @@ def test_compiled_is_one_graph_for_each_way(command, finished, tmp_path, monkeyp
     def spy(net, **options):
         return compile_net(net, backend=backend, fullgraph=True, **options)
 
+    monkeypatch.setattr(functional, "FEW", -1)  # a compiled network computes few elements as it does many
+    assert command(tmp_path / "eager") == 0
     monkeypatch.setattr(torch, "compile", spy)
     assert command(tmp_path / "run", "--compile") == 0
     assert len(graphs) == 2
-    assert_same_run(tmp_path / "run", finished)
+    assert_same_run(tmp_path / "run", tmp_path / "eager")
 
 
 # The record
