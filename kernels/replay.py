@@ -78,7 +78,7 @@ def compile(run: Callable[[], Any], x: Tensor) -> None:
     def warm_up(step: Launched) -> None:
         with target.device_of(x):
             compiled = step.kernel.warmup(*step.tensors, *step.how.sizes, grid=step.how.grid, **step.how.constants)
-            compiled[step.how.grid]  # loads it, and before Triton 3.8 has the host's compiler build its launcher
+            compiled[step.how.grid]  # loads it, and on Triton 3.6 has the host's compiler build its launcher
 
     # The compiler releases Python's lock. Two calls at a time would compile the same twice.
     with _lock, ThreadPoolExecutor(max(1, len(waiting))) as pool:

@@ -20,13 +20,12 @@ LIMITS = (0.33, 0.47, 0.45)
 @pytest.mark.skipif(not target.interpreted(), reason="stubs Triton's launches on CPU tensors: needs TRITON_INTERPRET=1")
 def test_a_call_costs_the_host_less_than_the_plain_blocks():
     kernels = entry._entry_kernel, spatial._spatial_kernel
-    for _ in range(3):  # one measurement beside other work may say anything (0.51 was seen); a slow call is slow in all
-        costs = host_cost.measure()
-        ratios = [costs["FastInception"][name] / costs["plain"][name] for name in costs["plain"]]
-        if all(ratio < limit for ratio, limit in zip(ratios, LIMITS, strict=True)):
-            break
+    # The least of each: beside other work one measurement may say anything (0.51 was seen).
+    runs = [host_cost.measure() for _ in range(3)]
+    least = {block: {name: min(run[block][name] for run in runs) for name in runs[0][block]} for block in runs[0]}
+    ratios = [least["FastInception"][name] / cost for name, cost in least["plain"].items()]
     assert (entry._entry_kernel, spatial._spatial_kernel) == kernels
-    assert all(ratio < limit for ratio, limit in zip(ratios, LIMITS, strict=True)), costs
+    assert all(ratio < limit for ratio, limit in zip(ratios, LIMITS, strict=True)), least
 
 
 def test_an_import_leaves_the_interpreter_switch_alone():
