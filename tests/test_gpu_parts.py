@@ -50,6 +50,9 @@ def test_a_variant_that_is_wrong_or_fails_is_not_timed() -> None:
     def fails() -> Candidate:
         raise torch.OutOfMemoryError("too large")
 
+    def own_rule() -> Candidate:
+        return Candidate(lambda: runs.append("own rule"), Errors(0.09, {}, 0.0), Errors(0.05, {}, 0.0))
+
     makers = {
         "early": maker("early", 0.0),
         "plain": maker("plain", 1e-3),
@@ -57,10 +60,11 @@ def test_a_variant_that_is_wrong_or_fails_is_not_timed() -> None:
         "wrong": maker("wrong", 2.1e-3),
         "nan": maker("nan", float("nan")),
         "large": fails,
+        "own rule": own_rule,
     }
     rows = {row["variant"]: row for row in contest(makers, _context(), cold=True)}
     assert list(rows) == list(makers)
-    assert {name for name, row in rows.items() if "dry_us" in row} == {"plain", "right"} == set(runs)
+    assert {name for name, row in rows.items() if "dry_us" in row} == {"plain", "right", "own rule"} == set(runs)
     assert "no plain variant" in rows["early"]["failed"]
     assert "wrong: output is off by 2.10e-03" in rows["wrong"]["failed"]
     assert "nan" in rows["nan"]["failed"]
@@ -245,3 +249,29 @@ def test_baselines_compute_what_the_textbook_computes() -> None:
         p2, p3 = block.p2_2(block.p2_1(x)), block.p3_2(block.p3_1(x))
         expected = torch.cat((block.p1_1(x), p2, p3, block.p4_2(block.p4_1(x))), 1)
         torch.testing.assert_close(linear(x), expected)
+
+
+def test_truncated_convolutions_read_tf32_forward_and_backward() -> None:
+    """10 bits behind the point: 1.75 times the last of them counts as one; numbers of 10 bits pass as they are."""
+    torch.manual_seed(0)
+    bit = 2.0**-10
+    conv = nn.Sequential(nn.Conv2d(1, 1, 1)).double()
+    cut = baselines.truncated(conv)
+    for net, kept in ((conv, 1.75), (cut, 1.0)):
+        net[0].weight.data.fill_(-1 - 1.75 * bit)
+        net[0].bias.data.fill_(1.75 * bit)
+        x = torch.full((1, 1, 1, 1), 1 + 1.75 * bit, dtype=torch.float64, requires_grad=True)
+        y = net(x)
+        assert y.item() == -((1 + kept * bit) ** 2) + 1.75 * bit
+        y.backward(torch.full_like(y, 1 + 1.75 * bit))
+        assert x.grad.item() == -((1 + kept * bit) ** 2)
+        assert net[0].weight.grad.item() == (1 + kept * bit) ** 2
+        assert net[0].bias.grad.item() == 1 + 1.75 * bit
+
+    net = Inception(*WIDTHS["3a"]).double()
+    x = torch.randn(2, 192, 5, 5, dtype=torch.float64)
+    error = (baselines.truncated(net)(x) - net(x)).norm() / net(x).norm()
+    assert 2**-12 < error < 2**-9
+    exact = net.bfloat16().double()
+    x = x.bfloat16().double()
+    torch.testing.assert_close(baselines.truncated(exact).p2_2(x[:, :96]), exact.p2_2(x[:, :96]), rtol=0, atol=0)

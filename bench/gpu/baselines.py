@@ -1,7 +1,8 @@
-"""Define what FastInception is measured against beside the plain module: the library's fused calls, and no ReLU."""
+"""Define what FastInception is held against beside the plain module: fused calls, no ReLU, and TF32 that truncates."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -41,6 +42,49 @@ class LinearInception(Inception):
     def forward(self, x: Tensor) -> Tensor:
         p2, p3 = self.p2_2(self.p2_1(x)), self.p3_2(self.p3_1(x))
         return torch.cat((self.p1_1(x), p2, p3, self.p4_2(self.p4_1(x))), dim=1)
+
+
+class _TruncatedConv(torch.autograd.Function):
+    """A convolution in fp64 whose products, the gradients' too, read operands in TF32, the bits below cut off."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int]) -> Tensor:
+        x, weight = _truncate(x), _truncate(weight)
+        ctx.save_for_backward(x, weight)
+        ctx.padding = padding
+        return F.conv2d(x, weight, bias, padding=padding)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        about = ((1, 1), ctx.padding, (1, 1), False, (0, 0), 1)
+        dx, dweight, _ = torch.ops.aten.convolution_backward(
+            _truncate(grads[0]), x, weight, None, *about, (True, True, False)
+        )
+        return dx, dweight, grads[0].sum((0, 2, 3)), None
+
+
+def _truncate(t: Tensor) -> Tensor:
+    return (t.float().view(torch.int32) & ~0x1FFF).view(torch.float32).double()
+
+
+class TruncatedConv2d(nn.Conv2d):
+    """An fp64 convolution that reads its operands as tensor cores read float32: in TF32, cut off and not rounded.
+
+    No kernel that hands float32 to them as it is can be closer to the truth, whatever the library does.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _TruncatedConv.apply(x, self.weight, self.bias, self.padding)
+
+
+def truncated(net: nn.Module) -> nn.Module:
+    """Return a copy of a net in fp64 with every convolution a :class:`TruncatedConv2d`."""
+    net = copy.deepcopy(net).double()
+    for module in net.modules():
+        if type(module) is nn.Conv2d:
+            module.__class__ = TruncatedConv2d
+    return net
 
 
 def fuse(net: nn.Module) -> None:

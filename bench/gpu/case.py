@@ -37,10 +37,14 @@ class Case(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A variant that has run once: its timed call, and how far its results were from the truth."""
+    """A variant that has run once: its timed call, and how far its results were from the truth.
+
+    ``usual``: the errors to hold these against, where not the plain variant's.
+    """
 
     run: Run
     errors: Errors
+    usual: Errors | None = None
 
 
 def contest(
@@ -70,7 +74,7 @@ def contest(
                 plain = candidate.errors
             if plain is None:
                 raise RuntimeError("no plain variant ran before it, so nothing says whether it is right")
-            check(name, candidate.errors, plain)
+            check(name, candidate.errors, candidate.usual or plain)
         # One variant's failure, of whatever kind, is a result; the others are still measured.
         except Exception as error:
             rows[name]["failed"] = failure(error)
