@@ -41,17 +41,18 @@ class Chip(NamedTuple):
     """What a program may use, and what its tensor cores do."""
 
     shared: int  # bytes of shared memory for one program
+    processors: int
     fma: int | None = None  # multiply-adds in a cycle of one SM, 16-bit operands; half as many for TF32
 
 
 # Shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; gfx942's LDS. Products:
 # the datasheets' dense rates over SMs and boost clock, of A100 (312 TFLOP/s, 108, 1.41 GHz), H100 SXM (989, 132, 1.83)
-# and B200 (2250, 148, 1.85).
+# and B200 (2250, 148, 1.85); MI300X has 304 compute units.
 CHIPS = {
-    "sm_80": Chip(163 * 1024, 1024),
-    "sm_90": Chip(227 * 1024, 2048),
-    "sm_100": Chip(227 * 1024, 4096),
-    "gfx942": Chip(64 * 1024),
+    "sm_80": Chip(163 * 1024, 108, 1024),
+    "sm_90": Chip(227 * 1024, 132, 2048),
+    "sm_100": Chip(227 * 1024, 148, 4096),
+    "gfx942": Chip(64 * 1024, 304),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "u8"}
@@ -69,12 +70,13 @@ KERNELS = {
 
 
 class Case(NamedTuple):
-    """What is compiled: a chip, a block of GoogLeNet, a dtype, and ``"train"`` or ``"infer"``."""
+    """What is compiled: a chip, a block of GoogLeNet, a dtype, ``"train"`` or ``"infer"``, and batch x side."""
 
     chip: str
     block: str
     dtype: str
     mode: str
+    images: str
 
 
 class Part(NamedTuple):
@@ -118,7 +120,7 @@ def block_operands(
 def launch_block(x: Tensor, params: list[Tensor], save: bool, chip: str) -> None:
     """Launch a block's kernels as on ``chip``: with ``save`` a training step's, else the forward's two alone."""
     # What the launcher would read off a device.
-    with mock.patch.object(target, "gpu", return_value=target.Gpu(chip, chip)):
+    with mock.patch.object(target, "gpu", return_value=target.Gpu(chip, chip, CHIPS[chip].processors)):
         out, saved = ops.empty_output(x, params), block.empty_saved(x, params, save)
         block.forward(x, params, out, saved)
         if save:
@@ -226,7 +228,8 @@ def measure(case: Case, kernels: Collection[str] = tuple(KERNELS)) -> list[dict[
     """Compile a case's kernels; return for each of ``kernels`` what the machine code uses, ready for JSON."""
     dtype = DTYPES[case.dtype]
     rows = []
-    for name, launch in launches(case.chip, WIDTHS[case.block], dtype, case.mode == "train").items():
+    batch, side = map(int, case.images.split("x"))
+    for name, launch in launches(case.chip, WIDTHS[case.block], dtype, case.mode == "train", batch, side).items():
         if name not in kernels:
             continue
         kernel = compile_launch(*launch, case.chip)

@@ -21,6 +21,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -42,25 +43,25 @@ KERNELS = (
     "entry", "spatial",
     "split", "data_gradient", "pool_gradient", "entry_gradient", "weight_gradient", "sum",
 )  # fmt: skip
-KEY = ("chip", "block", "dtype", "mode", "kernel")
+KEY = ("chip", "block", "images", "dtype", "mode", "kernel")
 
 
-def _measure(case: tuple[str, str, str, str], kernels: tuple[str, ...]) -> list[dict[str, Any]]:
+def _measure(case: tuple[str, ...], kernels: tuple[str, ...]) -> list[dict[str, Any]]:
     from bench import aot
 
     return aot.measure(aot.Case(*case), kernels)
 
 
-def _cases(args: argparse.Namespace) -> list[tuple[str, str, str, str]]:
+def _cases(args: argparse.Namespace) -> list[tuple[str, ...]]:
     """Return the product of what was asked for; where no blocks were named, two stand for all but on sm_90."""
     return [
         case
-        for case in itertools.product(args.chips, args.blocks or WIDTHS, args.dtypes, args.mode)
+        for case in itertools.product(args.chips, args.blocks or WIDTHS, args.dtypes, args.mode, [args.images])
         if args.blocks or case[0] == "sm_90" or case[1] in ("3a", "4e")
     ]
 
 
-def _run(cases: list[tuple[str, str, str, str]], kernels: tuple[str, ...], jobs: int) -> Iterator[list[dict[str, Any]]]:
+def _run(cases: list[tuple[str, ...]], kernels: tuple[str, ...], jobs: int) -> Iterator[list[dict[str, Any]]]:
     measure = partial(_measure, kernels=kernels)
     if jobs == 1:
         yield from map(measure, cases)
@@ -78,7 +79,7 @@ def lines(row: dict[str, Any]) -> list[str]:
     """Lay out one kernel and its main loops."""
     name = " ".join(row[key] for key in KEY)
     text = [
-        f"{name:32} regs {row['registers']:3}  stack {row['stack']}  local {row['local']}  "
+        f"{name:39} regs {row['registers']:3}  stack {row['stack']}  local {row['local']}  "
         f"shared {row['shared'] / 1024:5.1f} KB  tensor-core {row['tensor_core']:3}  "
         f"loads {_widths(row['loads'])}  stores {_widths(row['stores'])}"
     ]
@@ -122,12 +123,22 @@ def differences(ours: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return text
 
 
+def _images(text: str) -> str:
+    if re.fullmatch(r"[1-9]\d*x[1-9]\d*", text) is None:
+        raise argparse.ArgumentTypeError(f"BATCHxSIDE in pixels of the block's input was expected, got {text!r}")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=CHIPS, metavar="CHIP", help=" ".join(CHIPS))
     parser.add_argument("--blocks", nargs="+", choices=WIDTHS, metavar="BLOCK", help=" ".join(WIDTHS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16")
     parser.add_argument("--mode", nargs="+", choices=("train", "infer"), default=["train"], help="default: train")
+    parser.add_argument(
+        "--images", type=_images, default="128x14", metavar="BATCHxSIDE",
+        help="of the block's input, which decides the tiles where it is small; default: 128x14",
+    )  # fmt: skip
     parser.add_argument(
         "--kernels", nargs="+", choices=KERNELS, default=KERNELS, metavar="KERNEL", help=" ".join(KERNELS)
     )

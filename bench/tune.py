@@ -89,7 +89,8 @@ def vary(tiles: Tiles, change: dict[str, Any]) -> Tiles | None:
 
 def default(key: Key) -> Tiles:
     """Return the tiles that a launch takes without a table."""
-    return configs.DEFAULTS[key[0]](key[4], key[5].chip)
+    kernel, rows, _, columns, dtype, gpu = key
+    return configs.default(kernel, rows, columns, dtype, gpu)
 
 
 def narrowed(tiles: Tiles, key: Key) -> Tiles:

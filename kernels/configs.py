@@ -10,7 +10,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -91,7 +91,7 @@ def _entry(dtype: torch.dtype, chip: str) -> Tiles:
     return replace(_level(dtype, chip), pool=(128, 128, max(16, _block_k(dtype, chip) // 2)))
 
 
-# By the kernel's name: the tiles where no table has any, for a dtype and a chip. A new kernel is one line here.
+# By the kernel's name: the tiles for many pixels where no table has any, by dtype and chip. A new kernel is one line.
 # "_train" is the same kernel where it also stores what the backward needs: that takes registers, and large tiles spill.
 DEFAULTS: dict[str, Callable[[torch.dtype, str], Tiles]] = {
     "entry": _entry,
@@ -191,7 +191,7 @@ def choose(kernel: str, rows: int, reduction: int, columns: int, dtype: torch.dt
     Raises:
         ValueError: the GPU's table is damaged or another GPU's; names the file.
     """
-    tiles = DEFAULTS[kernel](dtype, gpu.chip)
+    chosen = default(kernel, rows, columns, dtype, gpu)
     path = table_path(gpu.name)
     if (entries := _read_once(path)) is not None:
         fitting = [entry for entry in entries if (entry.kernel, entry.dtype) == (kernel, dtype)]
@@ -202,10 +202,33 @@ def choose(kernel: str, rows: int, reduction: int, columns: int, dtype: torch.dt
                 own = (entry.rows, entry.reduction, entry.columns)
                 return sum(abs(math.log(a / b)) for a, b in zip(wanted, own, strict=True))
 
-            tiles = min(fitting, key=distance).tiles
+            chosen = min(fitting, key=distance).tiles
         else:
             _warn(path, kernel, dtype)
-    return replace(tiles, block_n=narrow(tiles.block_n, columns))
+    return replace(chosen, block_n=narrow(chosen.block_n, columns))
+
+
+def default(kernel: str, rows: int, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tiles:
+    """Return the tiles of a launch that no table knows; arguments as of :func:`choose`.
+
+    Where few tiles leave processors idle they get smaller, while all of them still run at once: the launch ends when
+    one of them does.
+    """
+    chosen = DEFAULTS[kernel](dtype, gpu.chip)
+    if kernel != "weight_gradient":  # that divides its pixels among PROGRAMS
+        for smaller in _smaller(chosen):
+            if tiles(rows, smaller.block_m) * tiles(columns, narrow(smaller.block_n, columns)) <= gpu.processors:
+                chosen = smaller
+    return chosen
+
+
+def _smaller(large: Tiles) -> Iterator[Tiles]:
+    # Hopper's tensor cores take 64 pixels at least; with fewer channels, the instructions beside them bound the loop.
+    for block_m, block_n, pool_m in ((64, 128, 64), (64, 64, 32)):
+        # As many bytes on their way beside the step in use, to hide latency; the pool, unpipelined, gets longer steps.
+        stages = 1 + (large.num_stages - 1) * (large.block_m + large.block_n) // (block_m + block_n)
+        pool = large.pool and (pool_m, large.pool[1], large.pool[2] * 64 // pool_m)
+        yield replace(large, block_m=block_m, block_n=block_n, num_warps=4, num_stages=stages, pool=pool)
 
 
 def narrow(size: int, channels: int) -> int:

@@ -55,6 +55,7 @@ class Gpu(NamedTuple):
 
     name: str  # the product's
     chip: str  # sm_90, gfx942, ...; "cpu" under the interpreter
+    processors: int = 0  # streaming multiprocessors, compute units; 0 where their number decides nothing
 
     @property
     def runs_ptx(self) -> bool:
@@ -92,8 +93,10 @@ def gpu(device: torch.device) -> Gpu:
         return Gpu("cpu", "cpu")
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        return Gpu(properties.name, properties.gcnArchName.partition(":")[0])
-    return Gpu(properties.name, f"sm_{properties.major}{properties.minor}")
+        chip = properties.gcnArchName.partition(":")[0]
+    else:
+        chip = f"sm_{properties.major}{properties.minor}"
+    return Gpu(properties.name, chip, properties.multi_processor_count)
 
 
 @functools.cache

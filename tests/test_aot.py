@@ -26,6 +26,7 @@ ODD = ("3a", "4b", "5b")  # 16 channels in front of the 5x5, 24 of them, and the
 # All nine on the newest Triton, whose margins are the narrower ones.
 NEWEST = tuple(map(int, aot.triton.__version__.split(".")[:2])) >= (3, 9)
 FORWARD_BLOCKS = tuple(aot.WIDTHS) if NEWEST else (*ODD, "4e")
+FEW = "1x14"
 OTHER_CHIPS = tuple(chip for chip in aot.CHIPS if chip != "sm_90")
 COMMANDS = (
     ["--chips", "sm_90", "--blocks", *FORWARD_BLOCKS, "--dtypes", "bf16", "--mode", "train", "--kernels", *FORWARD],
@@ -36,6 +37,10 @@ COMMANDS = (
     ["--chips", "sm_90", "--blocks", "4e", "--dtypes", "bf16", "--mode", "infer"],
     # No comparison of bfloat16 in PTX.
     ["--chips", "sm_80", "--blocks", "3a", "--dtypes", "bf16", "--mode", "train", "--kernels", "entry"],
+    # The smaller tiles of few pixels, with 64 channels and with 128.
+    ["--chips", "sm_90", "--blocks", "4e", "--dtypes", "bf16", "--images", FEW, "--kernels", *FORWARD, *BACKWARD[:2]],
+    ["--chips", "sm_90", "--blocks", "5b", "--dtypes", "bf16", "--images", "128x3", "--kernels", "entry"],
+    ["--chips", *OTHER_CHIPS, "--blocks", "4e", "--dtypes", "fp16", "--images", FEW, "--kernels", "entry"],
 )
 # Issue pressure of the default tiles on sm_90, by the kernel and the mode: DESIGN's limits for the forward, and for the
 # backward what was reached. The spatial level's is that of its whole launch, and so are the gradients': a tile of few
@@ -287,6 +292,7 @@ def name(row: dict[str, Any]) -> str:
 
 def test_all_was_compiled(compiled):
     expected = 2 * len(FORWARD_BLOCKS) + 3 * len(ODD) + 3 + 2 * len(aot.CHIPS) + 8 * len(OTHER_CHIPS) + 2 + 1
+    expected += 4 + 1 + len(OTHER_CHIPS)
     assert len(compiled) == expected
     assert tuple(aot.KERNELS) == aot_report.KERNELS
     assert set(aot.KERNELS) == {*FORWARD, *BACKWARD, *SWEEPS}
@@ -334,14 +340,14 @@ def test_operands_are_loaded_16_bytes_at_a_time(compiled):
         assert row["loads"]["16"] >= 16, name(row)
         assert row["loads"]["16"] > sum(n for width, n in row["loads"].items() if width != "16"), name(row)
         wide = row["stores"].get("16", 0) + (row["stores"].get("8", 0) if row["chip"] == "gfx942" else 0)
-        assert wide >= 8, name(row)
+        assert wide >= (4 if row["images"] == FEW else 8), name(row)
 
 
 def test_issue_pressure_of_the_default_tiles(compiled):
     checked = set()
     for row in compiled:
-        if row["chip"] != "sm_90" or row["kernel"] in SWEEPS:
-            continue
+        if row["chip"] != "sm_90" or row["kernel"] in SWEEPS or row["images"] != "128x14":
+            continue  # of few pixels each tile has a processor of its own, and latency decides
         pressures = {row["kernel"]: row["launch_pressure"]}
         if row["kernel"] == "entry":
             pressures = {f"entry {part}": loop["issue_pressure"] for part, loop in row["loops"].items()}
@@ -353,6 +359,17 @@ def test_issue_pressure_of_the_default_tiles(compiled):
         (block, part, mode) for block in FORWARD_BLOCKS for part in LIMITS for mode in LIMITS[part]
         if (mode == "infer" and block == "4e") or (mode == "train" and (part not in BACKWARD or block in ODD))
     }  # fmt: skip
+
+
+def test_few_pixels_get_smaller_tiles(compiled):
+    tiles = {
+        row["images"]: {part: tuple(loop["tile"]) for part, loop in row["loops"].items()} | {"shared": row["shared"]}
+        for row in compiled
+        if (row["chip"], row["dtype"], row["mode"], row["kernel"]) == ("sm_90", "bf16", "train", "entry")
+    }
+    assert tiles[FEW] == {"gemm": (64, 64, 64), "pool": (32, 128, 64), "shared": 5 * 16 * 1024}
+    assert tiles["128x3"] == {"gemm": (64, 128, 64), "pool": (64, 128, 32), "shared": 3 * 24 * 1024}
+    assert tiles["128x14"] == {"gemm": (128, 128, 64), "pool": (128, 128, 32), "shared": 3 * 32 * 1024}
 
 
 def test_main_loops_overlap_their_loads_with_products(compiled):
@@ -368,7 +385,8 @@ def test_pooled_values_go_through_shared_memory_once(compiled):
     (pressure,) = (
         row["loops"]["pool"]["shared_pressure"]
         for row in compiled
-        if (row["chip"], row["dtype"], row["kernel"], row["mode"]) == ("sm_80", "fp16", "entry", "train")
+        if (row["chip"], row["images"], row["dtype"], row["kernel"], row["mode"])
+        == ("sm_80", "128x14", "fp16", "entry", "train")
     )
     assert pressure < 5
 
@@ -379,8 +397,9 @@ def test_pooled_values_go_through_shared_memory_once(compiled):
 def a_row(**changes: Any) -> dict[str, Any]:
     loop = aot._pressures(the_loop(PIPELINED), aot.Part("gemm", (128, 128, 32), 1), 8, 2048)
     return {
-        "chip": "sm_90", "block": "3a", "dtype": "bf16", "mode": "train", "kernel": "entry", "registers": 128,
-        "stack": 0, "local": 0, "shared": 98304, "tensor_core": 2, "loads": {"16": 2, "2": 1}, "stores": {"16": 1},
+        "chip": "sm_90", "block": "3a", "images": "128x14", "dtype": "bf16", "mode": "train", "kernel": "entry",
+        "registers": 128, "stack": 0, "local": 0, "shared": 98304, "tensor_core": 2,
+        "loads": {"16": 2, "2": 1}, "stores": {"16": 1},
         "loops": {"gemm": loop}, "launch_pressure": 22 / 256,
     } | changes  # fmt: skip
 
@@ -401,12 +420,12 @@ def test_differences_name_the_kernel_the_figure_and_both_values():
     other["loops"]["gemm"] |= {"issue_pressure": 0.25}
     found = aot_report.differences({"rows": [ours, a_row(block="3b")]}, {"rows": [other, a_row(block="4a")]})
     assert found == [
-        "sm_90 3a bf16 train entry: registers 128, the other 130",
-        "sm_90 3a bf16 train entry: loads.16 2, the other 3",
-        "sm_90 3a bf16 train entry: loads.2 1, the other None",
-        "sm_90 3a bf16 train entry: loops.gemm.issue_pressure 0.086, the other 0.250",
-        "sm_90 3b bf16 train entry: only in this report",
-        "sm_90 4a bf16 train entry: only in the other report",
+        "sm_90 3a 128x14 bf16 train entry: registers 128, the other 130",
+        "sm_90 3a 128x14 bf16 train entry: loads.16 2, the other 3",
+        "sm_90 3a 128x14 bf16 train entry: loads.2 1, the other None",
+        "sm_90 3a 128x14 bf16 train entry: loops.gemm.issue_pressure 0.086, the other 0.250",
+        "sm_90 3b 128x14 bf16 train entry: only in this report",
+        "sm_90 4a 128x14 bf16 train entry: only in the other report",
     ]
     assert aot_report.differences({"rows": [ours]}, {"rows": [a_row()]}) == []
 
@@ -420,6 +439,7 @@ def test_differences_name_the_kernel_the_figure_and_both_values():
         (["--mode", "both"], "invalid choice: 'both'"),
         (["--kernels", "conv"], "invalid choice: 'conv'"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--images", "0x14"], "BATCHxSIDE in pixels of the block's input was expected, got '0x14'"),
         (["--against", "no/such.json"], "--against no/such.json"),
         ([], "TRITON_INTERPRET is set"),
     ],

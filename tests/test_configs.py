@@ -84,6 +84,37 @@ def test_defaults(dtype, chip):
             assert tiles.interleaved
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "processors", "size"),
+    [
+        (49, 448, 132, (64, 64, 5)),
+        (18 * 64, 448, 126, (64, 64, 5)),  # 18 x 7 tiles
+        (18 * 64, 448, 125, (64, 128, 3)),
+        (18 * 64 + 1, 448, 126, (64, 128, 3)),
+        (18 * 64, 449, 126, (64, 128, 3)),
+        (33 * 64, 512, 132, (64, 128, 3)),  # 33 x 4
+        (33 * 64, 512, 131, (128, 128, 3)),
+        (49, 448, 0, (128, 128, 3)),  # not known
+        (132 * 64, 40, 132, (64, 64, 5)),  # one tile wide in any case
+    ],
+)
+def test_tiles_get_smaller_while_all_run_at_once(rows, columns, processors, size):
+    gpu = target.Gpu("", "sm_90", processors)
+    for kernel in configs.DEFAULTS:
+        large = configs.DEFAULTS[kernel](torch.bfloat16, "sm_90")
+        found = configs.default(kernel, rows, columns, torch.bfloat16, gpu)
+        if kernel == "weight_gradient" or size[0] == 128:
+            assert found == large
+            continue
+        assert (found.block_m, found.block_n, found.num_stages) == size
+        assert (found.num_warps, found.block_k) == (4, 64)
+        if found.pool is not None:
+            assert found.pool == {128: (64, 128, 32), 64: (32, 128, 64)}[size[1]]
+        chosen = configs.choose(kernel, rows, 64, columns, torch.bfloat16, gpu)
+        assert chosen.block_n == configs.narrow(found.block_n, columns)
+        assert chosen.num_stages == found.num_stages
+
+
 def test_only_what_can_be_launched_early_is(tuned):
     tiles = configs.Tiles(**TILES, launch_pdl=True)
     size = {"num_warps": 4, "num_stages": 2}
