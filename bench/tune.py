@@ -98,6 +98,10 @@ def narrowed(tiles: Tiles, key: Key) -> Tiles:
     return replace(tiles, block_n=configs.narrow(tiles.block_n, key[3]))
 
 
+def _measurement(name: str, choice: Choice) -> str:
+    return f"{name}: " + ", ".join(f"{key[0]} {json.dumps(asdict(tiles))}" for key, tiles in choice.items())
+
+
 class Tuner:
     """Measure candidates, remember what was measured in ``path``, and write the ``table``."""
 
@@ -138,7 +142,7 @@ class Tuner:
 
     def compare(self, name: str, run: Run, choice: Choice, base: Choice) -> float:
         """Return the time of a choice over that of another, measured in turn; infinite where it is dropped."""
-        name = f"{name}: " + ", ".join(f"{key[0]} {json.dumps(asdict(tiles))}" for key, tiles in choice.items())
+        name = _measurement(name, choice)
         if name not in self.progress["measured"]:
             if time.monotonic() > self.deadline:
                 raise OutOfTime
@@ -215,17 +219,42 @@ class Tuner:
                 write_json({"conditions": self.progress["conditions"], "entries": found}, self.table)
         return entries
 
+    def _compile(self, name: str, run: Run, choices: list[Choice]) -> None:
+        """Compile at the same time what is going to be measured: one after another takes most of a tuner's time.
+
+        What fails here fails again when it is measured, and is recorded then. Also where it ends the program: the next
+        run does without.
+        """
+        from fastinception.kernels import replay
+
+        new = [choice for choice in choices if _measurement(name, choice) not in self.progress["measured"]]
+        late = time.monotonic() > self.deadline
+        if late or len(new) < 2 or not replay.compiles_together() or self.progress.get("compiling") == name:
+            return
+        self.progress["compiling"] = name
+        write_json(self.progress, self.path)
+        launches = []
+        for self.choice in new:
+            with contextlib.suppress(ValueError, RuntimeError):
+                launches += replay.collect(run)
+        self.choice = {}  # what was planned to be compiled is not launched
+        if launches:
+            replay.compile_all(launches, next(t for t in launches[0].tensors if isinstance(t, torch.Tensor)))
+        del self.progress["compiling"]
+
     def _search(self, name: str, run: Run, key: Key, most: int | None) -> Tiles:
         """Return a kernel's best tiles: of each step the fastest, the default where nothing is faster by MARGIN."""
         best, best_ratio = default(key), 1.0
         seen = {narrowed(best, key)}
         for step in variations(key[0], key[4]):
-            start = best
+            candidates = []
             for change in step[:most]:
-                tiles = vary(start, change)
-                if tiles is None or narrowed(tiles, key) in seen:
-                    continue
-                seen.add(narrowed(tiles, key))
+                tiles = vary(best, change)
+                if tiles is not None and narrowed(tiles, key) not in seen:
+                    seen.add(narrowed(tiles, key))
+                    candidates.append(tiles)
+            self._compile(name, run, [{key: tiles} for tiles in candidates])
+            for tiles in candidates:
                 ratio = self.compare(name, run, {key: tiles}, {})
                 if ratio < min(best_ratio, MARGIN):
                     best, best_ratio = tiles, ratio

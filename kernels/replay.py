@@ -6,9 +6,10 @@ operands, never on their numbers.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
 
@@ -34,7 +35,7 @@ _lock = threading.Lock()
 
 
 def launch(kernel: Any, how: configs.Launch, *tensors: Tensors) -> Launched:
-    """Launch on the current device and stream; under :func:`compile` only remember it.
+    """Launch on the current device and stream; under :func:`collect` only remember it.
 
     Raises:
         RuntimeError: what the driver says; while a CUDA graph is captured it loads no kernel.
@@ -53,27 +54,46 @@ def launch(kernel: Any, how: configs.Launch, *tensors: Tensors) -> Launched:
         ) from error
 
 
-def compile(run: Callable[[], Any], x: Tensor) -> None:
-    """Compile all kernels that ``run`` launches on x's device, at the same time, and launch none; not on AMD.
-
-    One after another, as Triton does when they are launched, those of a training step take several times as long. Not
-    triton.AsyncCompileMode: before 3.8 it stays on behind an error, and another thread may get its unfinished kernels.
-    Whatever else ``run`` does, copies and the library's convolutions, is done.
-    """
-    if target.interpreted() or torch.version.hip is not None:  # AMD's threads share options before Triton 3.9
-        return
-    with target.device_of(x):
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():  # where what else is done would stay
-            return
-    from triton.runtime import driver
-
-    driver.active.get_current_device()  # makes the driver, which is not for several threads to do
+def collect(run: Callable[[], Any]) -> list[Launched]:
+    """Return all that ``run`` would launch, and launch nothing; whatever else it does, it does."""
     waiting: list[Launched] = []
     token = _waiting.set(waiting)
     try:
         run()
     finally:
         _waiting.reset(token)
+    return waiting
+
+
+def compile(run: Callable[[], Any], x: Tensor) -> None:
+    """Compile all kernels that ``run`` launches on x's device, at the same time, and launch none; not on AMD.
+
+    One after another, as Triton does when they are launched, those of a training step take several times as long.
+    Whatever else ``run`` does, copies and the library's convolutions, is done.
+    """
+    if _waiting.get() is not None or not compiles_together():
+        return
+    with target.device_of(x):
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():  # where what else is done would stay
+            return
+    for kernel in compile_all(collect(run), x):
+        kernel.result()
+
+
+def compiles_together() -> bool:
+    """Tell whether several kernels may be compiled at a time: there is a compiler, and AMD's is not (Triton < 3.9)."""
+    return not target.interpreted() and torch.version.hip is None
+
+
+def compile_all(launches: Sequence[Launched], x: Tensor) -> list[Future[None]]:
+    """Compile and load what is launched on x's device, as many at a time as the host has cores; return when all ended.
+
+    Not by triton.AsyncCompileMode: before 3.8 it stays on behind an error, and another thread may get its unfinished
+    kernels.
+    """
+    from triton.runtime import driver
+
+    driver.active.get_current_device()  # makes the driver, which is not for several threads to do
 
     def warm_up(step: Launched) -> None:
         with target.device_of(x):
@@ -81,8 +101,8 @@ def compile(run: Callable[[], Any], x: Tensor) -> None:
             compiled[step.how.grid]  # loads it, and on Triton 3.6 has the host's compiler build its launcher
 
     # The compiler releases Python's lock. Two calls at a time would compile the same twice.
-    with _lock, ThreadPoolExecutor(max(1, len(waiting))) as pool:
-        list(pool.map(warm_up, waiting))
+    with _lock, ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [pool.submit(warm_up, step) for step in launches]
 
 
 class Replay(NamedTuple):

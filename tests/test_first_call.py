@@ -16,15 +16,19 @@ pytest.importorskip("triton")
 
 # In a process without the interpreter.
 CODE = """
-import json, threading, time
+import json, os, tempfile, threading, time
+from pathlib import Path
 from unittest import mock
 
 import torch
 import triton
+from rich.console import Console
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
+from bench import trial, tune
+from bench.report import Display
 from fastinception import Inception
 from fastinception.kernels import configs, entry, library, spatial, target
 from fastinception.functional import inception
@@ -46,6 +50,7 @@ class Kernel(CompiledKernel):  # one that is on the device already
     def __init__(self, name):
         self.name, self.src, self.module = name, None, "module"
         self.function, self.packed_metadata = f"{name}'s function", f"{name}'s metadata"
+        self.n_spills = 0
         self._run = lambda *args: log("launches", name, *map(described, args))
 
 def compile(source, **_):
@@ -63,6 +68,7 @@ class Driver:
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
 
 driver.set_active(Driver())
+os.cpu_count = lambda: 8
 net = Inception(16, 16, (16, 16), (16, 16), 16)
 x = torch.randn(2, 16, 4, 4)
 
@@ -121,6 +127,35 @@ with mock.patch("triton.compiler.compile", compile), mock.patch.object(target, "
             thread.join()
         infer()
         found["failing"] = [event for event in events if event[0] in ("failed", "inferred")]
+
+        def infer_by_operator():
+            return torch.ops.fastinception.triton_forward(rows, *[p.detach() for p in net.parameters()], False)
+
+        trial.Unit.passes = lambda self, device: {"inference": infer_by_operator}
+        tune.disagreement = lambda found, expected: None  # these kernels compute nothing
+        unit = trial.Unit("tiny", net, 2, 32, "fp32")
+        for case, compiling in (("tuned", None), ("tuned alone", f"{unit} inference")):
+            for kernel in (entry._entry_kernel, spatial._spatial_kernel, library._library_kernel):
+                kernel.device_caches.clear()
+            configs.forget()
+            events = []
+            with tempfile.TemporaryDirectory() as folder:
+                progress = {"conditions": {}, "measured": {}, "entries": {}, "compiling": compiling}
+                display = Display(Console(quiet=True))
+                path, deadline = Path(folder, "progress"), time.monotonic() + 99
+                tuner = tune.Tuner(path, progress, torch.device("cpu"), deadline, display)
+                compile_step = tuner._compile
+
+                def logged(name, run, choices):
+                    log("step", len(choices))
+                    compile_step(name, run, choices)
+                    log("measures")
+
+                tuner._compile = logged
+                with mock.patch.object(configs, "choose", tuner.choose), torch.no_grad():
+                    tuner.tune(unit, most=4)
+            found[case] = events
+            found[f"{case}, dropped"] = [row["dropped"] for row in progress["measured"].values() if "dropped" in row]
 print(json.dumps(found))
 """
 FORWARD = ["_entry_kernel", "_spatial_kernel"]
@@ -190,3 +225,29 @@ def test_what_the_library_computes_is_no_obstacle(found):
     assert "_library_kernel" in forward["compiled"]
     assert [one["launched"] for one in others] == [forward["launched"], BACKWARD]
     assert [len(one["compiled"]) for one in others] == [0, 0]
+
+
+def test_a_tuners_candidates_are_compiled_together_before_they_are_measured(found):
+    def counts(events: list[list[Any]]) -> list[list[Any]]:
+        """Return for each step its candidates, what it compiled at most at a time, and what while it measured."""
+        steps: list[list[Any]] = []
+        running, measuring = 0, False
+        for kind, *event in events:
+            if kind == "step":
+                steps.append([event[0], 0, 0])
+            measuring = kind == "measures" or (measuring and kind != "step")
+            running += {"compiles": 1, "compiled": -1}.get(kind, 0)
+            if steps and kind == "compiles":
+                steps[-1][1] = max(steps[-1][1], running)
+                steps[-1][2] += measuring
+        return steps
+
+    steps = counts(found["tuned"])
+    # The entry's tiles, its pool and its order; the spatial level's: three of the library's, and one of Triton's.
+    assert [candidates for candidates, _, _ in steps] == [3, 3, 1, 4]
+    assert [together for _, together, _ in steps] == [3, 2, 1, 4]  # one pool's tile is the default's, for 16 channels
+    assert [behind for _, _, behind in steps] == [0, 0, 1, 2]  # one candidate alone; at the end, both launched early
+    # Where compiling ended the program before, each when it is measured.
+    alone = counts(found["tuned alone"])
+    assert [(together, behind) for _, together, behind in alone] == [(1, 3), (1, 2), (1, 1), (2, 6)]
+    assert found["tuned, dropped"] == found["tuned alone, dropped"] == []
