@@ -224,12 +224,11 @@ def googlenet_cases():
                         turn,
                     )
                     turn += 1
-    yield "aten", "3a", torch.float32, 128, (12, 12), 1
-    yield "aten", "3a", torch.bfloat16, 64, (12, 12), 2
+    # Large batches of narrow blocks: what grows with the pixels does so at any width, and a CPU is slow in bfloat16.
+    yield "aten", "3a", torch.float32, 128, (12, 13), 1  # nine whole chains of _weight_gradient and a rest
     yield "aten", "4a", torch.float32, 128, (6, 6), 0
-    yield "aten", "5a", torch.bfloat16, 128, (3, 3), 1
-    yield "aten", "5b", torch.float64, 128, (3, 3), 2
-    yield "aten", "3a", torch.float32, 32, (28, 28), 3  # twelve whole chains of _weight_gradient and a rest
+    yield "aten", "3a", torch.bfloat16, 128, (6, 6), 2
+    yield "aten", "3a", torch.float64, 128, (3, 3), 3
     yield "triton", "3a", torch.float16, 128, (3, 3), 1
     yield "triton", "3a", torch.float32, 128, (1, 1), 2
 
