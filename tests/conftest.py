@@ -117,7 +117,13 @@ def without_interpreter() -> Callable[[str], str]:
     return run
 
 
+# The files that take longest, the longest first: what is left for the end is short, and no worker waits for another.
+LONGEST = ("equivalence", "compile", "train", "compare", "gpu_suite", "ops", "aot", "replay", "training", "special")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     if HAS_GPU:
         return
     skip = pytest.mark.skip(reason="needs a CUDA or ROCm device")
