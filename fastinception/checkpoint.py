@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -14,6 +15,10 @@ import torch
 
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 FORMAT = "fastinception.train 1"
+STATE = (
+    "model", "optimizer", "scaler", "rng", "config", "epoch", "step", "order", "sums", "step_seconds", "seconds",
+    "history", "sessions",
+)  # fmt: skip
 
 
 class CheckpointError(Exception):
@@ -28,11 +33,22 @@ def newest(folder: Path) -> Path | None:
     return next((path for path in (folder / CURRENT, folder / PREVIOUS) if path.exists()), None)
 
 
+def later(folder: Path, state: dict[str, Any]) -> Path | None:
+    """Return a good checkpoint of ``folder`` that stands further than ``state``, or None."""
+    for path in (folder / CURRENT, folder / PREVIOUS):
+        with contextlib.suppress(ValueError):
+            other = _read(path)
+            if (other["epoch"], other["step"]) > (state["epoch"], state["step"]):
+                return path
+    return None
+
+
 def save(state: dict[str, Any], folder: Path, *, rotate: bool) -> Path:
     """Write ``state`` as the current checkpoint of ``folder`` in one step, and return its path.
 
     Args:
-        state: what ``torch.load(weights_only=True)`` reads: tensors, numbers, strings, None, lists and dicts.
+        state: has the keys of ``STATE``, and what ``torch.load(weights_only=True)`` reads: tensors, numbers, strings,
+            None, lists and dicts.
         folder: where to; it exists.
         rotate: keep the checkpoint that was current until now as the previous one.
 
@@ -118,4 +134,6 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(" ".join(str(error).split())[:300]) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError("it was not written by fastinception.train")
+    if missing := [name for name in STATE if name not in state]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
     return state

@@ -82,7 +82,13 @@ def fashion_mnist(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     folder, source = _locate(split, data_root)
-    images, labels = _read_split(folder, split)
+    try:
+        images, labels = _read_split(folder, split)
+    except ValueError as error:
+        if data_root is not None:
+            raise
+        again = f"reinstall Debian's package {_PACKAGE}" if folder == SYSTEM_FOLDER else "delete it to fetch it again"
+        raise ValueError(f"{error}; {again}") from error
     return FashionMNIST(
         torch.from_numpy(_resize(images[:limit], image_size)).unsqueeze(1),
         torch.from_numpy(labels[:limit].astype(np.int64)),
@@ -110,7 +116,9 @@ def _locate(split: str, data_root: str | os.PathLike[str] | None) -> tuple[Path,
     if data_root is not None:
         folder = Path(data_root).expanduser()
         if missing := _missing(folder, split):
-            raise FileNotFoundError(f"data_root {folder} has no {' and no '.join(missing)}")
+            raise FileNotFoundError(
+                f"data_root {folder} has no {' and no '.join(missing)}; Debian's package {_PACKAGE} has these files"
+            )
         return folder, f"{folder} (given as data_root)"
     if not (missing := _missing(SYSTEM_FOLDER, split)):
         return SYSTEM_FOLDER, f"{SYSTEM_FOLDER} (Debian's package {_PACKAGE})"

@@ -38,6 +38,8 @@ RECIPE: dict[str, Any] = {
     "image_size": 96,
     "seed": 0,
     "limit": None,
+    "compile": None,
+    "checkpoint_steps": None,
 }
 # With another value the rest of the run would not be that run; the block, the device, the number of processes and
 # torch.compile change roundings only.
@@ -52,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fastinception.train",
         description="Train GoogLeNet on Fashion-MNIST with the textbook's recipe. Under torchrun the processes share "
-        "each batch. With --resume, options that are not given are the run's.",
+        "each batch. With --resume, options that are not given are the run's, but for --device and --data-root.",
     )
 
     def integer(least: int, most: int = 2**31) -> Callable[[str], int]:
@@ -71,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
             raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
         return value
 
+    rate.__name__ = "float"
     add = parser.add_argument
     add("--block", choices=tuple(BLOCKS), help="FastInception or the textbook's block (default: fast)")
     compiled = "call the network through torch.compile (default: on a GPU where Triton is installed)"
@@ -130,7 +133,15 @@ def _find_run(args: argparse.Namespace) -> tuple[Path, dict[str, Any] | None]:
     if wanted is True:
         return folder, checkpoint.load(_newest(folder))
     if given and wanted.parent.resolve() == folder.resolve():
-        return folder, checkpoint.load(wanted)
+        state = checkpoint.load(wanted)
+        if (later := checkpoint.later(folder, state)) is not None:
+            raise TrainingError(
+                f"{later} stands further than {wanted.name}, and going on from there would overwrite it: give another "
+                "--output, or continue from it with --resume"
+            )
+        return folder, state
+    if checkpoint.newest(folder) is None and any((folder / name).exists() for name in FILES):
+        raise TrainingError(f"{folder} holds the record of a run without its checkpoints: choose another --output")
     if taken := [name for name in FILES if (folder / name).exists()]:
         raise TrainingError(
             f"{folder} holds a run already ({taken[0]}): continue it with --resume, or choose another --output"
@@ -139,9 +150,29 @@ def _find_run(args: argparse.Namespace) -> tuple[Path, dict[str, Any] | None]:
 
 
 def _newest(folder: Path) -> Path:
-    if (found := checkpoint.newest(folder)) is None:
-        raise TrainingError(f"{folder} holds no run to resume; without --resume one is started there")
-    return found
+    if (found := checkpoint.newest(folder)) is not None:
+        return found
+    if any((folder / name).exists() for name in FILES):
+        raise TrainingError(f"{folder} holds the record of a run without its checkpoints: nothing can be resumed")
+    raise TrainingError(f"{folder} holds no run to resume; without --resume one is started there")
+
+
+def _hold(folder: Path) -> int | None:
+    """Keep other processes from training in ``folder`` for as long as this one lives."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return None
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise TrainingError(f"another process is training in {folder}: choose another --output") from None
+    except OSError:  # a file system that knows no locks
+        os.close(held)
+        return None
+    return held
 
 
 def _agree(find: Callable[[], Any], world: World) -> Any:
@@ -153,7 +184,7 @@ def _agree(find: Callable[[], Any], world: World) -> Any:
     if world.rank == 0:
         try:
             found = [find()]
-        except (TrainingError, checkpoint.CheckpointError) as error:
+        except (TrainingError, checkpoint.CheckpointError, OSError) as error:
             found = [error]
     if world.size > 1:
         dist.broadcast_object_list(found)
@@ -174,7 +205,7 @@ def _configure(args: argparse.Namespace, state: dict[str, Any] | None) -> dict[s
     ]
     if changed:
         raise TrainingError(f"a resumed run cannot change {', '.join(changed)}")
-    return {name: saved[name] for name in RECIPE} | given
+    return {name: saved.get(name, default) for name, default in RECIPE.items()} | given
 
 
 def _load_data(config: dict[str, Any], root: Path | None) -> tuple[FashionMNIST, FashionMNIST]:
@@ -189,7 +220,8 @@ def _load_data(config: dict[str, Any], root: Path | None) -> tuple[FashionMNIST,
     config["data"] = {
         "train_images": len(train.labels),
         "test_images": len(test.labels),
-        "labels_crc32": zlib.crc32(test.labels.numpy().tobytes(), zlib.crc32(train.labels.numpy().tobytes())),
+        "labels_crc32": zlib.crc32(test.labels.numpy().data, zlib.crc32(train.labels.numpy().data)),
+        "images_crc32": zlib.crc32(test.images.numpy().data, zlib.crc32(train.images.numpy().data)),
     }
     return train, test
 
@@ -210,19 +242,41 @@ def _signals(run: Trainer) -> Iterator[None]:
 
 
 def _train(args: argparse.Namespace, world: World) -> int:
-    folder, state = _agree(lambda: _find_run(args), world)
-    config = _configure(args, state)
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # before the data is read, which takes a while
-    train, test = _load_data(config, args.data_root)
-    compiled = args.compile
+    held = None
+
+    def find() -> tuple[Path, dict[str, Any] | None, dict[str, Any]]:
+        nonlocal held
+        folder, state = _find_run(args)
+        _configure(args, state)
+        folder.mkdir(parents=True, exist_ok=True)
+        held = _hold(folder)
+        tempfile.TemporaryFile(dir=folder).close()  # before the data is read, which takes a while
+        _, state = _find_run(args)  # another process may just have ended
+        return folder, state, _configure(args, state)
+
+    try:
+        folder, state, config = _agree(find, world)
+        return _train_in(folder, state, config, args.data_root, world)
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _train_in(
+    folder: Path, state: dict[str, Any] | None, config: dict[str, Any], data_root: Path | None, world: World
+) -> int:
+    train, test = _load_data(config, data_root)
+    compiled = config["compile"]
     if compiled is None:
         compiled = world.device.type == "cuda" and importlib.util.find_spec("triton") is not None
     run = Trainer(config, world, train, test, compiled=compiled, folder=folder)
     display = Display(world.rank)
     if state is not None:
-        if (had := state["config"]["data"]) != config["data"]:
-            raise TrainingError(f"this is not the data of the run, which had {had}: {config['data']}")
+        had = state["config"]["data"]
+        if had != {name: config["data"][name] for name in had}:
+            raise TrainingError(
+                f"this is not the data of the run, which had {had}: {config['data']}; --data-root names another"
+            )
         run.restore(state)
     if state is not None and run.epoch >= config["epochs"]:
         if world.rank == 0 and checkpoint.newest(folder):  # a crash may have come before the last epoch's record
@@ -246,7 +300,7 @@ def _train(args: argparse.Namespace, world: World) -> int:
         if (dtype := AMP[config["amp"]]) is not None and backends.emulated(dtype, world.device):
             display.say(f"this CPU has no {config['amp']} products: fast blocks compute in fp32, plain ones slowly")
         try:
-            run.run(args.checkpoint_steps, display)
+            run.run(config["checkpoint_steps"], display)
         except Stopped as stopped:
             (signum,) = stopped.args
             run.save()
@@ -271,8 +325,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TrainingError, checkpoint.CheckpointError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError as error:
-        print(f"{parser.prog}: error: --batch-size does not fit into the GPU's memory: {error}", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
+        print(f"{parser.prog}: error: the images or --batch-size do not fit into the memory: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -62,8 +62,8 @@ class Trainer:
 
     The processes of a run share each *global* batch: every one takes its part of the same permutation's slice, so
     that an epoch visits every example once, whatever the sizes. Each divides its sum of losses by the size of the
-    global batch, and multiplies by the number of processes, since DistributedDataParallel averages: the gradients are
-    those of one process, also where the last batch divides unevenly or leaves a process without an example.
+    global batch, and their gradients are added: they are those of one process, also where the last batch divides
+    unevenly or leaves a process without an example, and overflow in fp16 where those do.
 
     Args:
         config: the keys of ``train.RECIPE``.
@@ -95,6 +95,7 @@ class Trainer:
         if world.size > 1:
             ids = [world.device] if world.device.type == "cuda" else None
             self.model = DistributedDataParallel(self.call, device_ids=ids)
+            self.model.register_comm_hook(None, lambda _, bucket: _add_up(bucket.buffer()))
         self.optimizer = torch.optim.SGD(net.parameters(), lr=config["lr"])
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config["amp"] == "fp16")
         self.train, self.test = ((d.images.to(world.device), d.labels.to(world.device)) for d in (train, test))
@@ -205,7 +206,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         logits = self._forward(self.model, images)
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        self.scaler.scale(loss * (self.world.size / len(batch))).backward()
+        self.scaler.scale(loss / len(batch)).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
@@ -275,6 +276,12 @@ class Trainer:
         now = time.perf_counter()
         self.seconds += now - self._last_tick
         self._last_tick = now
+
+
+def _add_up(gradients: Tensor) -> torch.futures.Future[Tensor]:
+    """Add the gradients of all processes, where DistributedDataParallel would average them."""
+    work = dist.all_reduce(gradients, async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
 
 
 def _batch(split: tuple[Tensor, Tensor], indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -137,6 +137,8 @@ def test_defaults_are_the_textbooks():
         "image_size": 96,
         "seed": 0,
         "limit": None,
+        "compile": None,
+        "checkpoint_steps": None,
     }
 
 
@@ -396,6 +398,43 @@ def test_finished_run_is_left_alone_or_prolonged(command, finished, tmp_path, ca
     assert_same_run(folder, finished)
 
 
+def test_an_older_checkpoint_does_not_overwrite_a_newer_one(command, finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert command(folder, epochs=1) == 0
+    older = folder / "epoch1.pt"
+    older.write_bytes((folder / "checkpoint.pt").read_bytes())
+    assert command(folder, "--resume") == 0
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for epochs in (1, EPOCHS, EPOCHS + 1):
+        assert command(folder, "--resume", str(older), epochs=epochs) == 1
+        assert f"{folder / 'checkpoint.pt'} stands further than epoch1.pt" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert command(tmp_path / "other", "--resume", str(older)) == 0
+    assert_same_run(tmp_path / "other", finished)
+
+
+def test_two_processes_do_not_train_in_one_folder(images, command, finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert command(folder, epochs=1) == 0
+    code = """
+import sys
+from fastinception import train
+train._train_in = lambda *_: print("holds", flush=True) or sys.stdin.read()
+train.main(sys.argv[1:])
+"""
+    options = ["--device", "cpu", "--data-root", str(images), "--output", str(folder), "--resume"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *options], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "holds\n"
+    assert command(folder, "--resume") == 1
+    assert f"another process is training in {folder}" in capsys.readouterr().err
+    process.kill()
+    process.wait()
+    assert command(folder, "--resume") == 0
+    assert_same_run(folder, finished)
+
+
 def test_fp16_resumes_its_scaler(command, tmp_path, monkeypatch):
     init = torch.amp.GradScaler.__init__
 
@@ -438,9 +477,14 @@ def damage(path: Path, kind: str) -> None:
         torch.save(GoogLeNet().state_dict(), path)
     elif kind == "code":
         torch.save({"format": checkpoint.FORMAT, "model": print}, path)
+    elif kind == "a part missing":
+        state = torch.load(path, weights_only=True)
+        torch.save({name: value for name, value in state.items() if name not in ("order", "sums")}, path)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "a bit flipped", "not PyTorch's", "another program's", "code"])
+@pytest.mark.parametrize(
+    "kind", ["truncated", "a bit flipped", "not PyTorch's", "another program's", "code", "a part missing"]
+)
 def test_damaged_checkpoint_names_the_good_one(command, finished, tmp_path, monkeypatch, capsys, kind):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -452,6 +496,7 @@ def test_damaged_checkpoint_names_the_good_one(command, finished, tmp_path, monk
     message = capsys.readouterr().err
     assert f"{current} cannot be used" in message
     assert message.strip().endswith(f"--resume {previous}")
+    assert kind != "a part missing" or "it lacks order, sums" in message
     if kind == "truncated":
         # The previous one stays until there is another good one.
         with monkeypatch.context() as patch:
@@ -502,6 +547,12 @@ def test_output_that_holds_a_run_is_not_overwritten(command, finished, tmp_path,
     assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
     assert command(tmp_path / "empty", "--resume") == 1
     assert f"{tmp_path / 'empty'} holds no run" in capsys.readouterr().err
+    record = tmp_path / "record"
+    record.mkdir()
+    (record / "config.json").write_bytes((finished / "config.json").read_bytes())
+    for more in ([], ["--resume"]):
+        assert command(record, *more) == 1
+        assert f"{record} holds the record of a run without its checkpoints" in capsys.readouterr().err
 
 
 def test_unwritable_output_is_said_at_the_start(command, tmp_path, monkeypatch, capsys):
@@ -550,12 +601,14 @@ def test_resume_refuses_another_recipe(command, finished, capsys, options, named
     assert f"cannot change {named}" in capsys.readouterr().err
 
 
-def test_resume_refuses_other_data(finished, images, tmp_path, capsys):
+@pytest.mark.parametrize("what", ["images", "labels"])
+def test_resume_refuses_other_data(finished, images, tmp_path, capsys, what):
     other = tmp_path / "other"
     other.mkdir()
     for path in images.iterdir():
         (other / path.name).write_bytes(path.read_bytes())
-    write_idx(other / "train-labels-idx1-ubyte.gz", np.zeros(IMAGES, dtype=np.uint8))
+    size, kind = ((28, 28), "images-idx3") if what == "images" else ((), "labels-idx1")
+    write_idx(other / f"train-{kind}-ubyte.gz", np.zeros((IMAGES, *size), dtype=np.uint8))
     assert train.main(["--device", "cpu", "--data-root", str(other), "--output", str(finished), "--resume"]) == 1
     assert "not the data of the run" in capsys.readouterr().err
 
@@ -564,11 +617,13 @@ def test_resume_takes_the_recipe_from_the_run_and_another_block(command, images,
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda x: signal.raise_signal(signal.SIGTERM))
-        assert command(folder, "--lr", "0.05", epochs=1) == 143
+        assert command(folder, "--lr", "0.05", "--no-compile", "--checkpoint-steps", "1", epochs=1) == 143
     given = ["--device", "cpu", "--data-root", str(images), "--block", "plain"]
     assert train.main([*given, "--resume", str(folder)]) == 0  # or its checkpoint.pt
     config = json.loads((folder / "config.json").read_text())
     assert (config["lr"], config["batch_size"], config["epochs"], config["block"]) == (0.05, BATCH, 1, "plain")
+    assert (config["compile"], config["checkpoint_steps"]) == (False, 1)
+    assert position(folder, "checkpoint.previous.pt") == (0, STEPS - 1)
     sessions = json.loads((folder / "environment.json").read_text())
     assert [(s["block"], s["step"]) for s in sessions] == [("fast", 0), ("plain", 2)]
 
@@ -579,6 +634,7 @@ def test_resume_takes_the_recipe_from_the_run_and_another_block(command, images,
         (["--epochs", "0"], "argument --epochs: must be 1 to"),
         (["--lr", "-0.1"], "argument --lr: must be positive and finite, got -0.1"),
         (["--lr", "nan"], "argument --lr: must be positive and finite, got nan"),
+        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
         (["--image-size", "31"], "argument --image-size: must be 32 to"),
         (["--limit", "0"], "argument --limit: must be 1 to"),
@@ -638,6 +694,7 @@ def torchrun(script: Path, *arguments: str) -> str:
 # The second process gets the signal, in mid-epoch; the first alone may write.
 TWO = """
 import os, signal, sys
+import torch
 import torch.distributed as dist
 from fastinception import checkpoint, record, train, trainer
 
@@ -651,12 +708,17 @@ def spy(*args):
     return forward(*args)
 
 trainer.Trainer._forward = spy
+scale, losses = torch.amp.GradScaler.scale, []
+torch.amp.GradScaler.scale = lambda self, loss: losses.append(loss.detach().clone()) or scale(self, loss)
 if second:
     checkpoint.write = record.write_record = train.write_record = None
 # The launcher's store meets one group only: both runs have the first one's.
 destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
 assert train.main(sys.argv[1:]) == 143
 assert len(calls) == 3
+# Together they are one process's loss, about log(10): in fp16 it overflows where that does.
+dist.all_reduce(losses[0])
+assert 1.8 < losses[0] < 2.8, losses
 dist.init_process_group, dist.destroy_process_group = lambda backend: None, destroy
 assert train.main([*sys.argv[1:], "--resume"]) == 0
 """
