@@ -160,6 +160,10 @@ def main(argv: list[str] | None = None) -> int:
             other = json.loads(args.against.read_text())
         except (OSError, ValueError) as error:
             parser.error(f"--against {args.against}: {error}")
+        if missing := {"triton", "commit", "rows"} - set(other):
+            parser.error(f"--against {args.against} is no report: it lacks {', '.join(sorted(missing))}")
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
     if target.interpreted():
         parser.error("TRITON_INTERPRET is set, and the interpreter replaces the compiler: unset it")
     try:

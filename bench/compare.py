@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -142,6 +144,8 @@ class Comparison:
         self.truths = {
             mode: truth(self.weights.check, batch.images, batch.labels, mode == "training") for mode in modes(args)
         }
+        # The library at its best; not for the truth, whose fp64 it would search for seconds.
+        torch.backends.cudnn.benchmark = args.device.type == "cuda"
 
     def note(self, words: str) -> None:
         """Say, now and in the JSON, what a reader of the rows should know."""
@@ -195,14 +199,22 @@ class Comparison:
     def _prepare(self, title: str, chosen: list[Variant], mode: str, dtype: str) -> dict[str, Timed]:
         runners: dict[str, Timed] = {}
         plain: Errors | None = None
-        for done, variant in enumerate(chosen):
+        for done, variant in enumerate(list(chosen)):
             self.display.stage(f"{title}: compile and check {variant.label}", done, len(chosen))
             net = GoogLeNet(block=BLOCKS[variant.block])
             if variant.name == FLOOR:
                 runners[variant.label] = Convolutions(net, self.batch.images, mode=mode, dtype=dtype)
                 continue
             net.load_state_dict(self.weights.check)
-            runner = self._runner(variant, net, mode, dtype)
+            try:
+                runner = self._runner(variant, net, mode, dtype)
+            except Exception as error:  # engines raise what they like, and are no part of what is compared
+                if not variant.engine:
+                    raise
+                reason = " ".join(str(error).split())[:300]
+                self.note(f"{title}: no row of {variant.engine}, which fails here: {type(error).__name__}: {reason}")
+                chosen.remove(variant)
+                continue
             found = errors(runner, self.truths[mode])
             plain = plain or found
             self.display.say(check(f"{title}, {variant.label}", found, plain))
@@ -219,7 +231,11 @@ class Comparison:
             if isinstance(runner := runners[label], Runner) and self.args.device.type == "cuda":
                 found[label] = memory.measure(runner)
             else:
-                found[label] = memory.in_fresh_process(block, size, side, dtype)
+                try:
+                    found[label] = memory.in_fresh_process(block, size, side, dtype)
+                except subprocess.CalledProcessError as error:
+                    last = error.stderr.strip().splitlines()[-1:]
+                    self.note(f"training, {dtype}: no memory of {label}: status {error.returncode}, {' '.join(last)}")
         return found
 
     def _rate(self, samples: list[float]) -> tuple[float, list[float]]:
@@ -285,6 +301,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for path in filter(None, (args.json, args.plot)):
         if not path.absolute().parent.is_dir():
             parser.error(f"{path}: there is no folder {path.absolute().parent}")
+        if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            parser.error(f"{path} cannot be written")
     if args.plot and args.plot.suffix != ".png":
         parser.error(f"--plot writes a .png file, got {args.plot}")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -309,8 +327,10 @@ def _emulated(dtypes: list[str], device: torch.device) -> list[str]:
     return [dtype for dtype in dtypes if backends.emulated(DTYPES[dtype], device)]
 
 
-def run(args: argparse.Namespace, batch: Batch, display: Display) -> tuple[list[Row], list[str]]:
-    """Return the rows of all that was asked for, and the notes that belong to them."""
+def run(
+    args: argparse.Namespace, batch: Batch, display: Display, keep: Callable[[list[Row], list[str]], None]
+) -> list[Row]:
+    """Return the rows of all that was asked for; behind each group ``keep`` gets those so far, and their notes."""
     rows: list[Row] = []
     with display.live:
         display.stage("try torch.compile", 0, None)
@@ -330,7 +350,8 @@ def run(args: argparse.Namespace, batch: Batch, display: Display) -> tuple[list[
         for mode in modes(args):
             for dtype in args.dtype:
                 rows += comparison.group(mode, dtype)
-    return rows, comparison.notes
+                keep(rows, comparison.notes)
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -355,25 +376,33 @@ def main(argv: list[str] | None = None) -> int:
         "image_size": args.image_size,
         "data": batch.source,
         "quick": args.quick,
+        "cudnn_benchmark": args.device.type == "cuda",
         "spread": "25th and 75th percentile of examples/s over the rounds",
         "notes": [],
     }
     for name, value in about.items():
         if value not in (None, [], False) and name != "spread":
             console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
+    result: dict[str, Any] = {}
+
+    def keep(rows: list[Row], notes: list[str]) -> None:
+        nonlocal result
+        result = {"conditions": about | {"notes": notes}, "rows": rows}
+        if args.json:
+            write_json(result, args.json)
+
     try:
-        rows, notes = run(args, batch, Display(console))
+        rows = run(args, batch, Display(console), keep)
     except Disagreement as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
         print(f"FAILED: --batch-size {args.batch_size} does not fit: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     for line in filter(None, (cross_precision(mode, rows) for mode in modes(args))):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    result = {"conditions": about | {"notes": notes}, "rows": rows}
-    if args.json:
-        write_json(result, args.json)
     if args.plot:
         plot(result, args.plot)
     return 0

@@ -78,7 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--in-process", action="store_true", help="run the parts in this process, for a debugger")
     args = parser.parse_args(argv)
     args.output = args.output.resolve()
-    if args.budget <= 0:
+    if not args.budget > 0:
         parser.error(f"--budget must be a positive number of seconds, got {args.budget:g}")
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output {args.output} is not a folder")

@@ -85,7 +85,7 @@ def in_fresh_process(block: str, batch_size: int, image_size: int, dtype: str) -
     """
     spec = {"block": block, "batch_size": batch_size, "image_size": image_size, "dtype": dtype}
     command = [sys.executable, __file__, json.dumps(spec | {"threads": torch.get_num_threads()})]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": ""})
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return result
 

@@ -441,6 +441,7 @@ def test_differences_name_the_kernel_the_figure_and_both_values():
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--images", "0x14"], "BATCHxSIDE in pixels of the block's input was expected, got '0x14'"),
         (["--against", "no/such.json"], "--against no/such.json"),
+        (["--json", "no/such/new.json"], "there is no folder"),
         ([], "TRITON_INTERPRET is set"),
     ],
 )

@@ -240,6 +240,26 @@ def test_compiled_variants_are_rows_and_the_better_rival_is_kept(
     assert f"{rows[3]['examples_per_second']:.1f}" == f"{max(shown):.1f}"
 
 
+@pytest.mark.usefixtures("fast_schedule")
+def test_what_fails_beside_the_comparison_is_a_note_and_what_was_measured_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def engine(*_: Any, **__: Any) -> None:
+        raise ImportError("libopenvino.so: cannot open shared object file")
+
+    fail = [subprocess.CalledProcessError(1, "python", stderr="Traceback\nno memory"), KeyboardInterrupt]
+    monkeypatch.setattr(compare.engines, "available", lambda dtype: ["OpenVINO"])
+    monkeypatch.setattr(compare, "Engine", engine)
+    monkeypatch.setattr(compare.memory, "in_fresh_process", mock.Mock(side_effect=fail))
+    result = tmp_path / "result.json"
+    assert compare.main([*TINY, "--mode", "both", "--dtype", "fp32", "--json", str(result)]) == 130
+    kept = _strict(result)
+    assert [(row["variant"], row["mode"]) for row in kept["rows"]] == [(n, "inference") for n in (*EAGER, report.FLOOR)]
+    assert "no row of OpenVINO, which fails here: ImportError: libopenvino.so" in kept["conditions"]["notes"][-1]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "no memory of plain eager channels_last: status 1, no memory" in printed
+
+
 def test_ratios_take_the_best_of_all_plain_rows() -> None:
     speeds = {"plain eager NCHW": 10.0, "plain eager channels_last": 30.0, "plain compiled": 20.0}
     speeds |= {"FastInception compiled": 45.0, report.FLOOR: 50.0}
@@ -455,7 +475,7 @@ def test_a_cpu_that_emulates_bf16_measures_it_only_if_asked(monkeypatch: pytest.
     monkeypatch.setattr(compare, "Comparison", lambda *args: mock.Mock(note=notes.append, group=lambda *_: []))
     for options in ([], ["--dtype", "bf16"], ["--dtype", "fp32"]):
         notes.append(options)
-        compare.run(compare.parse(["--device", "cpu", *options]), mock.Mock(), mock.MagicMock())
+        compare.run(compare.parse(["--device", "cpu", *options]), mock.Mock(), mock.MagicMock(), mock.Mock())
     assert len(notes) == 5
     assert "no bf16 rows" in notes[1]
     assert "no bf16 products" in notes[3]
@@ -545,6 +565,7 @@ def test_json_is_strict_and_replaced_in_one_step(tmp_path: Path, monkeypatch: py
         (["--batch-size", "0"], "at least 1"),
         (["--dtype", "fp8"], "fp8"),
         (["--json", "no/such/folder/r.json"], "there is no folder"),
+        (["--json", str(Path(__file__).parent)], "cannot be written"),
         (["--plot", "r.pdf"], ".png"),
         (["--synthetic", "--data-root", "."], "exclude each other"),
     ],

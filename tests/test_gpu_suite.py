@@ -220,6 +220,7 @@ def test_a_case_that_the_budget_may_not_hold_is_left_for_the_next_call(
         (["--dry-run", "--budget", "1e-9", "--output", str(gpu_suite.ROOT / "bench/results/h100")], "bench/results"),
         (["--output", "x"], "sees no GPU"),
         (["--dry-run", "--output", "x", "--budget", "0"], "--budget must be a positive number"),
+        (["--dry-run", "--output", "x", "--budget", "nan"], "--budget must be a positive number"),
         (["--dry-run", "--output", "x", "--only", "all"], "invalid choice: 'all'"),
         (["--dry-run", "--output", __file__], "is not a folder"),
         (["--dry-run"], "--output"),
