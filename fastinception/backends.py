@@ -105,7 +105,7 @@ def _special(x: Tensor, params: Sequence[Tensor]) -> str | None:
     """Say what about a call only standard, differentiable operators can serve, or None."""
     if (state := special_state()) is not None:
         return state
-    if x.numel() == 0:
+    if _may_be_empty(x):
         return "x is empty"
     if x.is_meta:
         return "x is on the meta device"
@@ -125,3 +125,11 @@ def special_state() -> str | None:
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     return None
+
+
+def _may_be_empty(x: Tensor) -> bool:
+    if not torch.compiler.is_compiling():
+        return x.numel() == 0
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    return guard_or_true(x.numel() == 0)  # a graph whose batch depends on data has to serve an empty one, too
