@@ -131,7 +131,8 @@ def _pointwise_backward(
         if into is None:
             rows = torch.mm(matrix, weight_rows)  # [N*H*W, C]
         else:
-            rows = into.permute(0, 2, 3, 1).view(-1, channels).addmm_(matrix, weight_rows)
+            # Not a view: a side of one pixel may have any stride.
+            rows = into.permute(0, 2, 3, 1).reshape(-1, channels).addmm_(matrix, weight_rows)
         grad_x = rows.view(n, height, width, channels).permute(0, 3, 1, 2)
     if needs[1]:
         grad_weight = _weight_gradient(matrix, x, weight, grad)

@@ -79,8 +79,8 @@ class GoogLeNet(nn.Sequential):
     textbook's ``nn.Sequential(b1, b2, b3, b4, b5, nn.Linear(1024, 10))`` and loads with ``strict=True`` both ways.
     No dropout, no auxiliary heads, no batch normalisation.
 
-    Around ``FastInception`` the stem's ReLUs work in place and come after the max pools: the same numbers and
-    gradients, as a maximum and a ReLU commute, from a quarter of the elements. Its pools and convolutions are
+    Around ``FastInception`` the stem's ReLUs come after the max pools: the same numbers and gradients, as a maximum and
+    a ReLU commute, from a quarter of the elements. Its pools and convolutions are
     :class:`fastinception.MaxPool2d` and :class:`fastinception.Conv2d`, and in inference on a CPU the first stage takes
     a large batch in parts.
 
@@ -118,7 +118,7 @@ class GoogLeNet(nn.Sequential):
             return (MaxPool2d if fast else nn.MaxPool2d)(kernel_size=3, stride=2, padding=1)
 
         def relu() -> nn.Module:
-            return nn.ReLU(inplace=fast)
+            return nn.ReLU()  # not in place: a hook may keep, or watch, what a layer in front of it returns
 
         def relu_pool() -> list[nn.Module]:
             return [pool(), relu()] if fast else [relu(), pool()]

@@ -76,17 +76,21 @@ class FastInception(Inception):
         """Return ``module`` as a fast block that shares its children, and so its parameters, and its hooks.
 
         Raises:
-            TypeError: ``module`` is not an :class:`fastinception.Inception`, or overrides its forward or call.
+            TypeError: ``module`` is not an :class:`fastinception.Inception`, or overrides its forward or call, in its
+                class or, as a patch or a wrapper does, by itself.
         """
         kind = type(module)
         known = isinstance(module, Inception) and kind.forward in (Inception.forward, cls.forward)
-        if not known or kind.__call__ is not nn.Module.__call__:
+        patched = known and "forward" in vars(module)
+        if not known or kind.__call__ is not nn.Module.__call__ or patched:
+            got = f"{_name(kind)}{', patched' if patched else ''}"
             raise TypeError(
-                f"from_reference takes a fastinception.Inception with its own forward, got {_name(kind)}; for another "
+                f"from_reference takes a fastinception.Inception with its own forward, got {got}; for another "
                 f"class with the same convolutions, build {cls.__name__} with the same widths and load their weights"
             )
         fast = cls.__new__(cls)
         fast.__dict__.update(module.__dict__)
+        fast._compiled_call_impl = None  # what module.compile() made would go on running the plain block
         fast.backend = backends.check(backend)
         return fast
 
@@ -155,10 +159,12 @@ def _edited(block: Inception) -> str | None:
         conv: Any = children.get(name)
         if type(conv) not in _CONV_CLASSES:  # a subclass, a parametrization and a wrapper all change the class
             return f"{name} is a {_name(type(conv))}"
-        if "bias" in conv._parameters and conv._parameters["bias"] is None:
+        own = conv._parameters
+        bias = own["bias"] if "bias" in own else conv.bias  # noqa: SIM401, the second takes ten times as long
+        if bias is None:
             return f"{name} has no bias"
-        own = (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups, conv.padding_mode)
-        if own != settings:
+        found = (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups, conv.padding_mode)
+        if found != settings:
             return f"{name} was reconfigured: {_settings(conv, 'padding_mode', 'groups')}"
         if (reason := wrapped(conv)) is not None:
             return f"{name} {reason}"

@@ -29,6 +29,7 @@ class MaxPool2d(nn.MaxPool2d):
         if (
             torch.compiler.is_compiling()
             and not torch.compiler._is_exporting_flag
+            and not torch._C._are_functorch_transforms_active()
             and torch.is_grad_enabled()
             and input.requires_grad
             and input.device.type == "cpu"

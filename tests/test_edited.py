@@ -11,7 +11,7 @@ from torch.ao import quantization
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastinception
-from fastinception import FastInception, Inception, explain
+from fastinception import FastInception, GoogLeNet, Inception, explain
 
 SMALL = (5, 4, (3, 6), (2, 3), 7)
 BACKENDS = ("aten", "triton")
@@ -344,3 +344,45 @@ def test_explain_refuses_what_has_no_path():
     for module, named in ((plain, "Inception"), (nn.Sequential(fast), "Sequential"), (None, "NoneType")):
         with pytest.raises(TypeError, match=f"takes a FastInception block and its input, got a {named}"):
             explain(module, x)
+
+
+def test_a_bias_that_is_none_as_a_plain_attribute():
+    plain = Inception(6, 4, (5, 8), (3, 4), 8)
+    del plain.p1_1.bias
+    plain.p1_1.bias = None
+    fast = FastInception.from_reference(plain)
+    x = torch.rand(2, 6, 7, 9)
+    torch.testing.assert_close(fast(x), plain(x))
+    assert explain(fast, x).reason == "p1_1 has no bias"
+
+
+def test_from_reference_does_not_go_on_running_the_plain_block():
+    """Neither a patch in the instance nor what ``module.compile()`` made."""
+    plain = Inception(6, 4, (5, 8), (3, 4), 8)
+    plain.forward = plain.forward
+    with pytest.raises(TypeError, match=r"with its own forward, got fastinception.reference.Inception, patched"):
+        FastInception.from_reference(plain)
+    del plain.forward
+    plain.compile(backend="eager")
+    x = torch.rand(2, 6, 7, 9)
+    out = torch.empty(2, 24, 7, 9)
+    with torch.no_grad():
+        assert FastInception.from_reference(plain)(x, out=out) is out
+        torch.testing.assert_close(out, Inception.forward(plain, x))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ReLU, nn.MaxPool2d])
+def test_hooks_around_the_blocks_see_what_layers_return(kind):
+    """Backward hooks on any layer of the network, and what a convolution returned stays as it was."""
+    net = GoogLeNet(block=FastInception)
+    x = torch.rand(2, 1, 32, 32, requires_grad=True)
+    kept, called = [], []
+    net[1][0].register_forward_hook(lambda module, args, out: kept.append((out, out.clone())))
+    for stage in net[:2]:
+        for child in stage:
+            if isinstance(child, kind):
+                child.register_full_backward_hook(lambda *_: called.append(kind))
+    net(x).sum().backward()
+    assert len(called) == {nn.Conv2d: 3, nn.ReLU: 3, nn.MaxPool2d: 2}[kind]
+    assert torch.equal(*kept[0])
+    assert kept[0][0].min() < 0

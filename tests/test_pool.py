@@ -82,3 +82,13 @@ def test_everything_else_is_torchs_own():
     exported = torch.export.export(MaxPool2d(3, 2, 1), (torch.randn(1, 2, 6, 6),))
     assert not any("fastinception" in str(node.target) for node in exported.graph.nodes)
     assert MaxPool2d(3).state_dict() == {}
+
+
+def test_a_compiled_functorch_transform():
+    """Which torch 2.11 does not take through an operator of its own."""
+    x = torch.rand(2, 3, 8, 8)
+    found, expected = (
+        torch.compile(torch.func.grad(lambda x, pool=pool: pool(x).square().sum()), backend="aot_eager")(x)
+        for pool in (MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, 1))
+    )
+    torch.testing.assert_close(found, expected)

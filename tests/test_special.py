@@ -139,6 +139,15 @@ def test_strided_inputs(backend, view):
         torch.testing.assert_close(fast(x), plain(x.contiguous()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("side", [2, 3])
+def test_a_sequence_as_images_one_pixel_wide(backend, side):
+    """[N, T, C] seen as [N, C, T, 1]: the side of one pixel has a stride that channels_last would not have."""
+    plain, fast = pair(backend)
+    x = torch.randn(3, 11, 5).transpose(1, 2).unsqueeze(side)
+    check_same(plain, fast, x.contiguous(), torch.randn(3, 20, *x.shape[2:]), fast_x=x)
+
+
 GRADS = {
     "of sum": lambda shape: torch.tensor(1.7).expand(shape),
     "of average pooling": lambda shape: torch.randn(shape[0], shape[1], 1, 1).expand(shape),
