@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
             other = json.loads(args.against.read_text())
         except (OSError, ValueError) as error:
             parser.error(f"--against {args.against}: {error}")
-        if missing := {"triton", "commit", "rows"} - set(other):
+        if missing := {"triton", "commit", "rows"} - set(other if isinstance(other, dict) else ()):
             parser.error(f"--against {args.against} is no report: it lacks {', '.join(sorted(missing))}")
     if args.json is not None and not args.json.absolute().parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.absolute().parent}")

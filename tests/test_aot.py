@@ -441,11 +441,14 @@ def test_differences_name_the_kernel_the_figure_and_both_values():
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--images", "0x14"], "BATCHxSIDE in pixels of the block's input was expected, got '0x14'"),
         (["--against", "no/such.json"], "--against no/such.json"),
+        (["--against", "EMPTY"], "is no report: it lacks commit, rows, triton"),
         (["--json", "no/such/new.json"], "there is no folder"),
         ([], "TRITON_INTERPRET is set"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message, monkeypatch, capsys):
+def test_bad_arguments_are_named(arguments, message, monkeypatch, capsys, tmp_path):
+    (tmp_path / "empty.json").write_text("[{}]")
+    arguments = [str(tmp_path / "empty.json") if argument == "EMPTY" else argument for argument in arguments]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit) as ended:
         aot_report.main(arguments)
