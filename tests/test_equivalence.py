@@ -60,8 +60,11 @@ def large_tiles(monkeypatch):
         for kernel in configs.DEFAULTS:
             tiles = own.get(kernel, level)
             monkeypatch.setitem(configs.DEFAULTS, kernel, lambda dtype, chip, tiles=tiles: tiles)
-        sweeps = {configs.SPLIT: (size, size), configs.POOL_GRADIENT: (size, size), configs.SUM: (2, size**2)}
-        sweeps = {sweep: configs.Sweep(*sizes, num_warps=4) for sweep, sizes in sweeps.items()}
+        sweeps = {
+            configs.SPLIT: configs.Sweep(64, size, num_warps=4, steps=4),  # NumPy adds the rows of a tile in one chain
+            configs.POOL_GRADIENT: configs.Sweep(size, size, num_warps=4),
+            configs.SUM: configs.Sweep(2, size**2, num_warps=4),
+        }
         monkeypatch.setattr(configs, "_INTERPRETED", sweeps)
     configs.forget()
     yield
