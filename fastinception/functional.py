@@ -43,7 +43,8 @@ def inception(
             standard operators compute that.
 
     Returns:
-        ``out``, or a new tensor: channels_last where ``x`` is, contiguous where ``x`` is.
+        ``out``, or a new tensor in the memory format of PyTorch's convolutions: channels_last where ``x`` or all
+        weights are, else contiguous.
 
     Raises:
         TypeError: a tensor has a wrong type or dtype.

@@ -39,8 +39,9 @@ class FastInception(Inception):
             ``"aten"`` needs no Triton.
 
     Shape:
-        ``[N, in_channels, H, W]`` to ``[N, c1 + c2[1] + c3[1] + c4, H, W]``, any floating dtype. channels_last in is
-        channels_last out, and the fast layout: move the network with ``.to(memory_format=torch.channels_last)``.
+        ``[N, in_channels, H, W]`` to ``[N, c1 + c2[1] + c3[1] + c4, H, W]``, any floating dtype, in the textbook
+        block's memory format. The fast one is channels_last: move the network with
+        ``.to(memory_format=torch.channels_last)``.
 
     Raises:
         TypeError, ValueError: as :class:`fastinception.Inception`; ValueError for an unknown backend.

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 
 from fastinception import aten, backends
@@ -31,14 +32,10 @@ def _launches() -> Any:
     return block
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
-    """Return the memory format of the block's output for ``x``: channels_last for channels_last, else contiguous."""
-    if x.is_contiguous():
-        return torch.contiguous_format
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    # Neither: a slice or a permutation. Either answer is right; channels that lie closest together say channels_last.
-    return torch.channels_last if 0 < x.stride(1) < x.stride(3) else torch.contiguous_format
+def memory_format(*tensors: Tensor) -> torch.memory_format:
+    """Return channels_last if PyTorch's convolutions take all ``tensors`` for that, else contiguous."""
+    read = all(suggest_memory_format(t) is torch.channels_last for t in tensors)
+    return torch.channels_last if read else torch.contiguous_format
 
 
 def _dense(x: Tensor, shape: Sequence[int], format: torch.memory_format) -> Tensor:
@@ -70,8 +67,11 @@ def output_shape(x: Tensor, params: Sequence[Tensor]) -> tuple[int, int, int, in
 
 
 def empty_output(x: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """Allocate the block's output in the memory format that ``x`` asks for."""
-    return _dense(x, output_shape(x, params), memory_format(x))
+    """Allocate the block's output in the plain block's memory format: channels_last if x or all weights are."""
+    format = memory_format(x)
+    if format is torch.contiguous_format:
+        format = memory_format(*params[::2])
+    return _dense(x, output_shape(x, params), format)
 
 
 def _empty_aten_outputs(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:

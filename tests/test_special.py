@@ -110,12 +110,14 @@ def test_infinite_upstream_gradient_stops_at_a_closed_relu(backend):
 
 VIEWS = {
     "expanded over the batch": lambda: torch.randn(1, 5, 6, 7).expand(3, 5, 6, 7),
+    "expanded over the batch, channels_last": lambda: torch.randn(1, 6, 7, 5).permute(0, 3, 1, 2).expand(3, 5, 6, 7),
     "expanded over channels": lambda: torch.randn(3, 1, 6, 7).expand(3, 5, 6, 7),
     "expanded over pixels": lambda: torch.randn(3, 5, 1, 1).expand(3, 5, 6, 7),
     "stepped pixels": lambda: torch.randn(3, 5, 12, 14)[:, :, ::2, 1::2],
     "stepped channels": lambda: torch.randn(3, 10, 6, 7)[:, 1::2],
     "stepped batch": lambda: torch.randn(6, 5, 6, 7).contiguous(memory_format=torch.channels_last)[::2],
     "permuted pixels": lambda: torch.randn(3, 5, 7, 6).transpose(2, 3),
+    "permuted pixels of channels_last": lambda: torch.randn(3, 7, 6, 5).permute(0, 3, 2, 1),
     "batch innermost": lambda: torch.randn(5, 6, 7, 3).permute(3, 0, 1, 2),
     "channels before the batch": lambda: torch.randn(5, 3, 6, 7).transpose(0, 1),
     "cropped": lambda: torch.randn(3, 5, 9, 10)[:, :, 2:8, 1:8],
@@ -137,6 +139,9 @@ def test_strided_inputs(backend, view):
     assert torch.equal(x, before)
     with torch.no_grad():
         torch.testing.assert_close(fast(x), plain(x.contiguous()), rtol=1e-4, atol=1e-5)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert fast(x).stride() == plain(x).stride()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -193,9 +198,10 @@ def test_strided_parameters(backend, view):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("weights", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 5, 6, 7), (1, 5, 6, 7), (3, 5, 1, 1), (1, 5, 1, 1), (2, 5, 1, 7), (2, 1, 4, 3)])
-def test_output_has_the_plain_blocks_strides(backend, layout, shape):
-    plain, fast = pair(backend, (shape[1], *SMALL[1:]))
+def test_output_has_the_plain_blocks_strides(backend, layout, weights, shape):
+    plain, fast = (block.to(memory_format=LAYOUTS[weights]) for block in pair(backend, (shape[1], *SMALL[1:])))
     x = torch.randn(shape).contiguous(memory_format=LAYOUTS[layout])
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
@@ -206,7 +212,7 @@ def test_output_has_the_plain_blocks_strides(backend, layout, shape):
         # Where a size is 1, its stride means nothing and a library may choose any.
         if 1 not in shape:
             assert out.stride() == expected.stride()
-    if layout == "nchw":
+    if layout == weights == "nchw":
         assert out.view(shape[0], -1).shape == (shape[0], out[0].numel())
 
 
