@@ -33,7 +33,7 @@ class _Inception(torch.autograd.Function):
             return (None,) * 15
         needs, saved = list(ctx.needs_input_grad[2:]), ctx.saved_tensors
         if torch.is_grad_enabled() or forward_ad._current_level >= 0 or watched() or _only_dispatched(grad_out):
-            grads = ops.DIFFERENTIATED[ctx.backend](grad_out, saved, needs)
+            grads: Sequence[Tensor | None] = ops.DIFFERENTIATED[ctx.backend](grad_out, saved, needs)
         elif ctx.backend == "aten":
             grads = ops.aten_gradients(grad_out, *saved, needs)
         else:

@@ -89,9 +89,10 @@ def _known(x: Tensor, params: Sequence[Tensor], backend: str, needs_grad: bool, 
     tensors = (x, *params)
     if not {*map(type, tensors)} <= backends.PLAIN:
         return None
-    if backends.special_state() or eager.watched() or any(map(Tensor.is_neg, tensors)):
+    if backends.special_state() or eager.watched():
         return None
-    return replay.known("call", backend, needs_grad, relu, *replay.facts(tensors))
+    known = replay.known("call", backend, needs_grad, relu, replay.facts(tensors))
+    return None if not known and any(map(Tensor.is_neg, tensors)) else known
 
 
 def _compute(path: Path, x: Tensor, params: Sequence[Tensor], needs_grad: bool, relu: bool) -> Tensor:

@@ -112,7 +112,7 @@ def _triton_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     params, save, relu = args[:12], args[12], args[13] if len(args) > 13 else True
     if save and not relu:
         raise ValueError("only the block with its ReLUs has a backward: save=False was expected with relu=False")
-    known = replay.known("operator", save, relu, *replay.facts((x, *params)))
+    known = replay.known("operator", save, relu, replay.facts((x, *params)))
     return _without_none(launch_forward(known, x, params, save, relu), like=x)
 
 
@@ -248,13 +248,13 @@ def aten_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | Non
     return _finish(grads, (x, *params))
 
 
-def triton_gradients(known: replay.Known, grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | None]:
+def triton_gradients(known: replay.Known, grad_out: Tensor, x: Tensor, *args: Any) -> Sequence[Tensor | None]:
     """Return the gradients by Triton, given what ``triton_backward`` is; what is ``known`` serves, and grows."""
     params, saved, needs = args[:12], args[12:17], args[17]
     operands = (grad_out, x, *params, *saved)
-    key = *needs, *replay.facts(operands)  # .data and hooks may have changed what a forward saw
+    key = *needs, replay.facts(operands)  # .data and hooks may have changed what a forward saw
     if (call := known.get(key)) is not None:
-        return cast(list[Tensor | None], call(*operands))
+        return cast(Sequence[Tensor | None], call(*operands))
     block, inputs = _launches(), (x, *params)
     grads = [_dense(x, x.shape, memory_format(x)) if needs[0] else None]
     grads += [_empty_gradient(t) if need else None for t, need in zip(params, needs[1:], strict=True)]

@@ -143,7 +143,7 @@ def cached(function: Function) -> Function:
 
 
 def forget() -> None:
-    """Have every launch choose its tiles again, from tables read again, but for graphs that wait for a backward."""
+    """Have every launch choose its tiles again, from tables read again."""
     for cache in _caches:
         cache.cache_clear()
     _warned.clear()

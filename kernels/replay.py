@@ -6,6 +6,8 @@ operands, never on their numbers.
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -17,6 +19,11 @@ import torch
 from torch import Tensor
 
 from fastinception.kernels import configs, target
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # no part of PyTorch's interface
+    TensorGuards = None
 
 Tensors = Tensor | tuple[Tensor | None, ...] | None  # one argument of a kernel
 
@@ -108,25 +115,33 @@ def compile_all(launches: Sequence[Launched], x: Tensor) -> list[Future[None]]:
 class Replay(NamedTuple):
     """Launches on other tensors than those that they were recorded with.
 
-    Tensors are counted: the operands, what is allocated, None, and the groups that kernels take as one argument.
+    They are picked from a list: the operands, what is allocated, None, and the groups that kernels take as one
+    argument.
     """
 
-    allocated: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]  # shape, strides, dtype
-    groups: tuple[tuple[int, ...], ...]
-    steps: tuple[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], ...]  # what to call, arguments
-    results: tuple[int, ...]
+    allocate: tuple[Callable[[], Tensor], ...]
+    groups: tuple[Pick, ...]
+    steps: tuple[tuple[Any, Pick, tuple[Any, ...], dict[str, Any]], ...]  # what to call, arguments
+    results: Pick
 
-    def __call__(self, *operands: Tensor) -> list[Any]:
+    def __call__(self, *operands: Tensor) -> tuple[Any, ...]:
         """Return what the recorded call made, made of ``operands``: as many, and the same by their :func:`facts`."""
-        device = operands[0].device
-        tensors: list[Any] = [*operands]
-        tensors += [torch.empty_strided(size, strides, dtype=t, device=device) for size, strides, t in self.allocated]
-        tensors.append(None)
-        tensors += [tuple([tensors[i] for i in group]) for group in self.groups]
+        tensors: list[Any] = [*operands, *[empty() for empty in self.allocate], None]
+        tensors += [pick(tensors) for pick in self.groups]
         with target.device_of(operands[0]):
-            for run, arguments, others, constants in self.steps:
-                run(*[tensors[i] for i in arguments], *others, **constants)
-        return [tensors[i] for i in self.results]
+            for run, pick, others, constants in self.steps:
+                run(*pick(tensors), *others, **constants)
+        return self.results(tensors)
+
+
+Pick = Callable[[list[Any]], tuple[Any, ...]]
+
+
+def _pick(places: Sequence[int]) -> Pick:
+    """Return what takes these places of a list."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda tensors: tuple([tensors[i] for i in places])
 
 
 def record(
@@ -168,9 +183,10 @@ def record(
     steps = []
     for step, indices in zip(made, arguments, strict=True):
         run, others, constants = _runner(step)
-        steps.append((run, indices, others, constants))
-    places = [(t.shape, t.stride(), t.dtype) for t in fresh]
-    return Replay(tuple(places), tuple(groups), tuple(steps), tuple([index[id(t)] for t in results]))
+        steps.append((run, _pick(indices), others, constants))
+    empty, device = torch.empty_strided, operands[0].device
+    allocate = [functools.partial(empty, t.shape, t.stride(), dtype=t.dtype, device=device) for t in fresh]
+    return Replay(tuple(allocate), tuple(map(_pick, groups)), tuple(steps), _pick([index[id(t)] for t in results]))
 
 
 def _runner(step: Launched) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -198,11 +214,36 @@ def known(*key: Any) -> Known:
     return {}
 
 
-def facts(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Return all that launches for these operands depend on."""
+def facts(tensors: Sequence[Tensor]) -> Any:
+    """Return what stands for all that launches for these operands depend on: one object for the same facts."""
     gpu = target.gpu(tensors[0].device)
-    return (
-        gpu, target.input_precision(tensors[0].dtype, gpu), target.interpreted(),
-        *[t.shape for t in tensors], *[t.stride() for t in tensors], *[t.dtype for t in tensors],
-        *[t.device for t in tensors], *[t.data_ptr() % 16 == 0 for t in tensors],
+    about = gpu, target.input_precision(tensors[0].dtype, gpu), target.interpreted()
+    aligned = functools.reduce(operator.or_, map(Tensor.data_ptr, tensors)) % 16 == 0
+    seen = _seen(*about, tensors[0].shape, len(tensors)) if aligned else []
+    for guards, found in seen:
+        if guards.check(*tensors):
+            return found
+    found = _found(
+        *about, *[t.shape for t in tensors], *[t.stride() for t in tensors], *[t.dtype for t in tensors],
+        *[t.device for t in tensors], *[t.data_ptr() % 16 == 0 for t in tensors], *map(Tensor.is_neg, tensors),
     )  # fmt: skip
+    if TensorGuards is not None:
+        seen.append((TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None), found))
+        del seen[:-_MOST_SEEN]
+    return found
+
+
+# One call into C++ compares the operands' types, sizes, strides, dtypes and devices, and more: whether a gradient is
+# wanted, what the dispatcher is told. To read and hash them in Python takes the host several times as long.
+_MOST_SEEN = 16
+
+
+@configs.cached
+def _seen(*key: Any) -> list[tuple[Any, Any]]:
+    """Return what compares others with operands that were seen, all aligned, and what stands for these."""
+    return []
+
+
+@configs.cached
+def _found(*facts: Any) -> Any:
+    return object()

@@ -102,6 +102,17 @@ def test_a_known_call_goes_straight_to_its_launches(planned, train, monkeypatch)
 
 
 @MODES
+def test_calls_are_known_without_pytorchs_own_comparison(planned, train, monkeypatch):
+    net, x = planned
+    configs.forget()
+    monkeypatch.setattr(replay, "TensorGuards", None)
+    call(net, x, train)
+    expected = truth(net, -x, train)
+    forbid(monkeypatch)
+    close(call(net, -x, train), expected)
+
+
+@MODES
 def test_inference_and_training_are_two_calls(planned, train):
     net, x = planned
     close(call(net, x, not train), truth(net, x, not train))
@@ -314,7 +325,7 @@ def test_a_backward_behind_another_precision_or_none(planned, forgotten, monkeyp
     torch.manual_seed(1)
     upstream = torch.randn(y.shape).to(DEVICE).contiguous(memory_format=torch.channels_last)
     close([y.detach(), *torch.autograd.grad(y, [x, *params_of(net)], upstream)], expected)
-    assert len(backwards_of(known)) == (1 if forgotten else 2)
+    assert len(backwards_of(known)) == 2
 
 
 def test_a_backward_is_known_whatever_the_weights_layout(planned, monkeypatch):
