@@ -122,6 +122,7 @@ _INTERPRETED = {
     POOL_GRADIENT: Sweep(128, 128, num_warps=4),
     SUM: Sweep(4, 16384, num_warps=4),
 }
+FEWER = 4  # times as few rows as were tuned for
 # Programs that the weight gradients are divided into: two for each SM of an H100.
 PROGRAMS = 264
 
@@ -175,7 +176,9 @@ class Entry(NamedTuple):
 
 @cached
 def choose(kernel: str, rows: int, reduction: int, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tiles:
-    """Return the tiles of a launch: the nearest entry of the GPU's table, or the default.
+    """Return the tiles of a launch: the nearest entry of the GPU's table, if one fits, or the default.
+
+    An entry fits a quarter of its rows, and any more.
 
     Args:
         kernel: a name in ``DEFAULTS``.
@@ -186,7 +189,7 @@ def choose(kernel: str, rows: int, reduction: int, columns: int, dtype: torch.dt
         gpu: from ``target.gpu``.
 
     Warns:
-        UserWarning: the GPU has a table, and it holds nothing for this kernel in this dtype. Once for each table.
+        UserWarning: the GPU has a table, and nothing in it fits this kernel, dtype and rows. Once for each table.
 
     Raises:
         ValueError: the GPU's table is damaged or another GPU's; names the file.
@@ -194,7 +197,9 @@ def choose(kernel: str, rows: int, reduction: int, columns: int, dtype: torch.dt
     chosen = default(kernel, rows, columns, dtype, gpu)
     path = table_path(gpu.name)
     if (entries := _read_once(path)) is not None:
-        fitting = [entry for entry in entries if (entry.kernel, entry.dtype) == (kernel, dtype)]
+        # Tiles for far more rows would leave processors idle, which the default minds.
+        own = [entry for entry in entries if (entry.kernel, entry.dtype) == (kernel, dtype)]
+        fitting = [entry for entry in own if entry.rows <= FEWER * rows]
         if fitting:
             wanted = (rows, reduction, columns)
 
@@ -204,7 +209,7 @@ def choose(kernel: str, rows: int, reduction: int, columns: int, dtype: torch.dt
 
             chosen = min(fitting, key=distance).tiles
         else:
-            _warn(path, kernel, dtype)
+            _warn(path, kernel, dtype, rows)
     return replace(chosen, block_n=narrow(chosen.block_n, columns))
 
 
@@ -260,12 +265,12 @@ def _read_once(path: Path) -> list[Entry] | None:
 _warned: set[Path] = set()
 
 
-def _warn(path: Path, kernel: str, dtype: torch.dtype) -> None:
+def _warn(path: Path, kernel: str, dtype: torch.dtype, rows: int) -> None:
     if path not in _warned:
         _warned.add(path)
         warnings.warn(
-            f"{path} has no entry for {kernel} in {dtype}: default tiles are used where it has none. "
-            "bench/tune.py adds them",
+            f"{path} has no entry for {kernel} in {dtype} that fits {rows} rows: default tiles are used where it has "
+            "none. bench/tune.py adds them",
             stacklevel=2,
         )
 
