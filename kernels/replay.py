@@ -20,11 +20,6 @@ from torch import Tensor
 
 from fastinception.kernels import configs, target
 
-try:
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # no part of PyTorch's interface
-    TensorGuards = None
-
 Tensors = Tensor | tuple[Tensor | None, ...] | None  # one argument of a kernel
 
 
@@ -228,14 +223,27 @@ def facts(tensors: Sequence[Tensor]) -> Any:
         *[t.device for t in tensors], *[t.data_ptr() % 16 == 0 for t in tensors], *map(Tensor.is_neg, tensors),
     )  # fmt: skip
     if TensorGuards is not None:
-        seen.append((TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None), found))
+        seen.append((TensorGuards(*tensors, **_STATIC), found))
         del seen[:-_MOST_SEEN]
     return found
 
 
+def _guards() -> Any:
+    """Return PyTorch's own comparison of tensors, which is private, or None where it is not as expected."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        works = TensorGuards(t := torch.empty(1, device="cpu"), **_STATIC).check(t)
+    except (ImportError, TypeError, AttributeError, RuntimeError):
+        return None
+    return TensorGuards if works else None
+
+
 # One call into C++ compares the operands' types, sizes, strides, dtypes and devices, and more: whether a gradient is
 # wanted, what the dispatcher is told. To read and hash them in Python takes the host several times as long.
+_STATIC = {"dynamic_dims_sizes": None, "dynamic_dims_strides": None}
 _MOST_SEEN = 16
+TensorGuards = _guards()
 
 
 @configs.cached
