@@ -3,7 +3,8 @@
 python bench/host_cost.py
 
 Triton's launches are stubbed out, so that no GPU is needed; what Triton's own launcher takes is not in it. The plain
-block's time includes its operators on a few numbers, which is about what the host pays for it on any device.
+block's time includes its operators on a few numbers, which is about what the host pays for it on any device. Below both
+stands what no block written in Python can go below: a function of as many tensors that allocates its results.
 """
 
 from __future__ import annotations
@@ -14,16 +15,41 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch import Tensor
 
 from fastinception import FastInception, Inception
 
 WIDTHS = (16, 8, (8, 8), (8, 8), 8)
+OUT_CHANNELS = 32
+FLOOR = "floor"
+
+
+class _Allocate(torch.autograd.Function):
+    """Allocate an output of ``width`` channels, and the gradients: what PyTorch itself takes for a block's call."""
+
+    @staticmethod
+    def forward(ctx: Any, width: int, x: Tensor, *params: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *params)
+        return x.new_empty((x.shape[0], width, *x.shape[2:]))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *map(torch.empty_like, ctx.saved_tensors)
+
+
+class _Floor(Inception):
+    def __init__(self, *widths: Any) -> None:
+        super().__init__(*widths)
+        self.own = list(self.parameters())  # once: to walk the modules is no part of it
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, _Allocate.apply(OUT_CHANNELS, x, *self.own))
 
 
 class _Stub:
@@ -48,7 +74,7 @@ def stubbed() -> Iterator[None]:
 
 
 def measure(rounds: int = 30, calls: int = 50) -> dict[str, dict[str, float]]:
-    """Return microseconds a call, least of all rounds, by block (``"plain"``, ``"FastInception"``) and kind of call.
+    """Return microseconds a call, least of all rounds, by block (``"plain"``, ``"FastInception"``, FLOOR) and kind.
 
     The processor's time of this thread, so that others on the machine count little; each round is the mean of
     ``calls`` calls. Needs ``TRITON_INTERPRET=1``, which lets the launchers take CPU tensors.
@@ -56,6 +82,7 @@ def measure(rounds: int = 30, calls: int = 50) -> dict[str, dict[str, float]]:
     x = torch.rand(1, 16, 2, 2).contiguous(memory_format=torch.channels_last)
     leaf = x.clone().requires_grad_()
     blocks: dict[str, Any] = {"plain": Inception(*WIDTHS), "FastInception": FastInception(*WIDTHS, backend="triton")}
+    blocks[FLOOR] = _Floor(*WIDTHS)
     leaves = {}
     for name, block in blocks.items():
         block.to(memory_format=torch.channels_last)
