@@ -26,6 +26,7 @@ def test_a_call_costs_the_host_less_than_the_plain_blocks():
     ratios = [least["FastInception"][name] / cost for name, cost in least["plain"].items()]
     assert (entry._entry_kernel, spatial._spatial_kernel) == kernels
     assert all(ratio < limit for ratio, limit in zip(ratios, LIMITS, strict=True)), least
+    assert all(least[host_cost.FLOOR][name] < cost for name, cost in least["FastInception"].items()), least
 
 
 def test_an_import_leaves_the_interpreter_switch_alone():
