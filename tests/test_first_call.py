@@ -56,7 +56,7 @@ class Kernel(CompiledKernel):  # one that is on the device already
 def compile(source, **_):
     name = source.fn.fn.__name__
     log("compiles", name)
-    time.sleep(1.0)
+    time.sleep(0.5)
     if name in failing:
         raise RuntimeError(f"{name} does not compile")
     log("compiled", name)
