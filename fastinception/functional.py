@@ -92,6 +92,7 @@ def _known(x: Tensor, params: Sequence[Tensor], backend: str, needs_grad: bool, 
     if backends.special_state() or eager.watched():
         return None
     known = replay.known("call", backend, needs_grad, relu, replay.facts(tensors))
+    # The facts tell negated tensors apart, so that something known is known of others.
     return None if not known and any(map(Tensor.is_neg, tensors)) else known
 
 

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 
 from fastinception import aten, backends
@@ -34,8 +33,20 @@ def _launches() -> Any:
 
 def memory_format(*tensors: Tensor) -> torch.memory_format:
     """Return channels_last if PyTorch's convolutions take all ``tensors`` for that, else contiguous."""
-    read = all(suggest_memory_format(t) is torch.channels_last for t in tensors)
-    return torch.channels_last if read else torch.contiguous_format
+    return torch.channels_last if all(map(_is_read_as_channels_last, tensors)) else torch.contiguous_format
+
+
+def _is_read_as_channels_last(t: Tensor) -> bool:
+    """Tell what C++'s ``Tensor.suggest_memory_format`` says: the strides decide, whether ``t`` is dense or not.
+
+    Its copy in ``torch._prims_common`` imports SymPy at the first call, which takes most of a second.
+    """
+    sizes, strides, least = t.shape, t.stride(), 1
+    for dim in (1, 3, 2, 0):
+        if sizes[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
+            return False  # the last: one pixel, with the strides of contiguous
+        least = strides[dim] * sizes[dim]
+    return True
 
 
 def _dense(x: Tensor, shape: Sequence[int], format: torch.memory_format) -> Tensor:

@@ -213,8 +213,8 @@ def facts(tensors: Sequence[Tensor]) -> Any:
     """Return what stands for all that launches for these operands depend on: one object for the same facts."""
     gpu = target.gpu(tensors[0].device)
     about = gpu, target.input_precision(tensors[0].dtype, gpu), target.interpreted()
-    aligned = functools.reduce(operator.or_, map(Tensor.data_ptr, tensors)) % 16 == 0
-    seen = _seen(*about, tensors[0].shape, len(tensors)) if aligned else []
+    compared = TensorGuards is not None and functools.reduce(operator.or_, map(Tensor.data_ptr, tensors)) % 16 == 0
+    seen = _seen(*about, tensors[0].shape, len(tensors)) if compared else []
     for guards, found in seen:
         if guards.check(*tensors):
             return found
@@ -222,10 +222,13 @@ def facts(tensors: Sequence[Tensor]) -> Any:
         *about, *[t.shape for t in tensors], *[t.stride() for t in tensors], *[t.dtype for t in tensors],
         *[t.device for t in tensors], *[t.data_ptr() % 16 == 0 for t in tensors], *map(Tensor.is_neg, tensors),
     )  # fmt: skip
-    if TensorGuards is not None:
+    if compared:
         seen.append((TensorGuards(*tensors, **_STATIC), found))
         del seen[:-_MOST_SEEN]
     return found
+
+
+_STATIC = {"dynamic_dims_sizes": None, "dynamic_dims_strides": None}  # all sizes and strides count
 
 
 def _guards() -> Any:
@@ -241,9 +244,8 @@ def _guards() -> Any:
 
 # One call into C++ compares the operands' types, sizes, strides, dtypes and devices, and more: whether a gradient is
 # wanted, what the dispatcher is told. To read and hash them in Python takes the host several times as long.
-_STATIC = {"dynamic_dims_sizes": None, "dynamic_dims_strides": None}
-_MOST_SEEN = 16
 TensorGuards = _guards()
+_MOST_SEEN = 16
 
 
 @configs.cached

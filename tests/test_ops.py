@@ -635,3 +635,17 @@ def test_only_triton_comes_without_relu():
         torch.ops.fastinception.inception_out(*tensors, "aten", out, False)
     with pytest.raises(ValueError, match="only Triton"):
         eager.run("aten", tensors[0], tensors[1:], needs_grad=False, relu=False)
+
+
+def test_the_memory_format_is_the_one_that_pytorch_suggests():
+    chosen, found = random.Random(0), set()
+    for _ in range(5000):
+        size = [chosen.choice((0, 1, 2, 3, 5)) for _ in range(4)]
+        format = chosen.choice((torch.channels_last, torch.contiguous_format))
+        strides = list(torch.empty(size, device="meta").contiguous(memory_format=format).stride())
+        strides[chosen.randrange(4)] *= chosen.choice((0, 1, 1, 2))
+        t = torch.empty_strided(size, strides, device="meta")
+        expected = torch._prims_common.suggest_memory_format(t)
+        assert ops.memory_format(t) is expected, (size, strides)
+        found.add(expected)
+    assert len(found) == 2
