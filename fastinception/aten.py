@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHAIN = 2048  # pixels that a float32 product may sum one after another
+from fastinception.conv_backward import conv_backward
 
 # Everywhere below, params are the block's twelve in the order of its state_dict:
 # p1_1, p2_1, p2_2, p3_1, p3_2, p4_2, a weight and a bias of each.
@@ -111,67 +111,6 @@ def _max_pool(x: Tensor) -> Tensor:
     return x
 
 
-def _pointwise_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], into: Tensor | None = None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Like :func:`_conv_backward` for a 1x1 convolution of tensors in channels_last.
-
-    With ``into``, a gradient of x from elsewhere, x's gradient is added to it, and it is returned.
-    """
-    grad_x: Tensor | None = None
-    if x.device.type != "cpu":
-        grad_x, grad_weight, grad_bias = _conv_backward(grad, x, weight, needs)
-        return grad_x if into is None or grad_x is None else into.add_(grad_x), grad_weight, grad_bias
-    # As plain matrix products: where images are small, oneDNN's convolution gradients take up to twice as long.
-    n, channels, height, width = x.shape
-    matrix = grad.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])  # [N*H*W, O]
-    grad_weight = grad_bias = None
-    if needs[0]:
-        weight_rows = weight.reshape(-1, channels)
-        if into is None:
-            rows = torch.mm(matrix, weight_rows)  # [N*H*W, C]
-        else:
-            # Not a view: a side of one pixel may have any stride.
-            rows = into.permute(0, 2, 3, 1).reshape(-1, channels).addmm_(matrix, weight_rows)
-        grad_x = rows.view(n, height, width, channels).permute(0, 3, 1, 2)
-    if needs[1]:
-        grad_weight = _weight_gradient(matrix, x, weight, grad)
-    if needs[2]:
-        grad_bias = matrix.sum(0)
-    return grad_x, grad_weight, grad_bias
-
-
-def _conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of ``conv2d(x, weight, bias, padding="same")`` for the input, the weight and the bias, as needed."""
-    if not any(needs):
-        return None, None, None
-    kernel_h, kernel_w = weight.shape[2:]
-    padding = [kernel_h // 2, kernel_w // 2]
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
-        grad, x, weight, [weight.shape[0]], [1, 1], padding, [1, 1], False, [0, 0], 1, needs
-    )
-    return grads
-
-
-def _weight_gradient(matrix: Tensor, x: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
-    """Return the weight gradient of a 1x1 convolution; ``matrix`` is ``grad`` as rows of pixels."""
-    rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # [N*H*W, C]
-    if x.dtype is not torch.float32:
-        return torch.mm(matrix.t(), rows).view(weight.shape)
-    # In float32 a product sums all its pixels in one chain and rounds at each step.
-    if len(rows) < _CHAIN:  # then its error is 2 to 5 times that of oneDNN's convolution
-        _, grad_weight, _ = _conv_backward(grad, x, weight, (False, True, False))
-        return cast(Tensor, grad_weight)
-    parts, whole = len(rows) // _CHAIN, len(rows) // _CHAIN * _CHAIN
-    chains = [t[:whole].view(parts, _CHAIN, -1) for t in (matrix, rows)]
-    gradient = torch.bmm(chains[0].mT, chains[1]).sum(0)
-    if whole < len(rows):
-        gradient.addmm_(matrix[whole:].t(), rows[whole:])
-    return gradient.view(weight.shape)
-
-
 def backward(
     grad_out: Tensor, x: Tensor, params: Sequence[Tensor], saved: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:
@@ -202,7 +141,7 @@ def backward(
     grad_x = grad_w42 = grad_b42 = None
     if need_x or n42w or n42b:
         g4 = gradient(3, empty(w42.shape[0]))
-        grad_pooled, grad_w42, grad_b42 = _pointwise_backward(g4, pooled, w42, (need_x, n42w, n42b))
+        grad_pooled, grad_w42, grad_b42 = conv_backward(g4, pooled, w42, (need_x, n42w, n42b))
         if grad_pooled is not None:
             grad_x = torch.ops.aten.max_pool2d_with_indices_backward(
                 grad_pooled, x, [3, 3], [1, 1], [1, 1], [1, 1], False, indices
@@ -220,7 +159,7 @@ def backward(
         (2, e3, r3, w32, (need_x or n31w or n31b, n32w, n32b)),
     ):
         g = gradient(i, empty(weight.shape[0])) if any(needs_conv) else e
-        grad_r, *grads_conv = _conv_backward(g, r, weight, needs_conv)
+        grad_r, *grads_conv = conv_backward(g, r, weight, needs_conv)
         grads_spatial += grads_conv
         if grad_r is not None:
             torch.ops.aten.threshold_backward.grad_input(grad_r, r, 0, grad_input=e)
@@ -230,7 +169,7 @@ def backward(
     grad_w: Tensor | None = None
     grad_b: Tensor | None = None
     if any(need_entry):
-        grad_x, grad_w, grad_b = _pointwise_backward(entry, x, torch.cat((w1, w21, w31)), need_entry, into=grad_x)
+        grad_x, grad_w, grad_b = conv_backward(entry, x, torch.cat((w1, w21, w31)), need_entry, into=grad_x)
     grad_w1, grad_w21, grad_w31 = grad_w.split(reductions) if grad_w is not None else (None,) * 3
     grad_b1, grad_b21, grad_b31 = grad_b.split(reductions) if grad_b is not None else (None,) * 3
     grads = [

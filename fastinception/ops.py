@@ -96,7 +96,7 @@ def _empty_aten_outputs(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ..
 def _empty_triton_outputs(x: Tensor, params: Sequence[Tensor], save: bool) -> tuple[Tensor, ...]:
     """Allocate what ``triton_forward`` returns, see :class:`fastinception.kernels.block.Saved`."""
     saved = _launches().empty_saved(x, params, save)
-    return empty_output(x, params), *_without_none(saved, like=x)
+    return empty_output(x, params), *without_none(saved, like=x)
 
 
 torch.library.define(
@@ -124,7 +124,7 @@ def _triton_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     if save and not relu:
         raise ValueError("only the block with its ReLUs has a backward: save=False was expected with relu=False")
     known = replay.known("operator", save, relu, replay.facts((x, *params)))
-    return _without_none(launch_forward(known, x, params, save, relu), like=x)
+    return without_none(launch_forward(known, x, params, save, relu), like=x)
 
 
 def launch_forward(
@@ -232,13 +232,13 @@ torch.library.define(
 )
 
 
-def _empty_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+def empty_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """Allocate each gradient with its input's strides, if it is dense; what is not needed is an empty tensor."""
     return tuple(torch.empty_like(t) if need else _nothing(t) for t, need in zip(inputs, needs, strict=True))
 
 
-def _finish(grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the gradients with the strides that ``_empty_gradients`` promises, and memory of their own."""
+def finish(grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the gradients with the strides that ``empty_gradients`` promises, and memory of their own."""
     results = list(grads)
     for i, (grad, t) in enumerate(zip(grads, inputs, strict=True)):
         if grad is not None:
@@ -247,7 +247,7 @@ def _finish(grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Te
     return results
 
 
-def _without_none(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+def without_none(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """Return what an operator may: an empty tensor for each that is not needed."""
     return tuple([_nothing(like) if result is None else result for result in results])
 
@@ -256,7 +256,7 @@ def aten_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | Non
     params, saved, needs = args[:12], args[12:-1], args[-1]
     with torch.autocast(x.device.type, enabled=False):  # it would cast for some of the products and not for others
         grads = aten.backward(grad_out, x, params, saved, needs)
-    return _finish(grads, (x, *params))
+    return finish(grads, (x, *params))
 
 
 def triton_gradients(known: replay.Known, grad_out: Tensor, x: Tensor, *args: Any) -> Sequence[Tensor | None]:
@@ -281,11 +281,11 @@ def triton_gradients(known: replay.Known, grad_out: Tensor, x: Tensor, *args: An
     if key not in known:
         call = replay.record(launched, operands, [*grads, *allocated], grads)
         known[key] = call if fits or call is None else functools.partial(_replay_and_finish, call)
-    return grads if fits else _finish(grads, inputs)
+    return grads if fits else finish(grads, inputs)
 
 
 def _replay_and_finish(call: replay.Replay, *operands: Tensor) -> list[Tensor | None]:
-    return _finish(call(*operands), operands[1:14])
+    return finish(call(*operands), operands[1:14])
 
 
 def _check_operands(grad_out: Tensor, x: Tensor, *args: Tensor) -> None:
@@ -314,10 +314,10 @@ def _empty_gradient(t: Tensor) -> Tensor:
 
 
 torch.library.impl("fastinception::aten_backward", "default")(
-    lambda *args: _without_none(aten_gradients(*args), like=args[0])
+    lambda *args: without_none(aten_gradients(*args), like=args[0])
 )
 torch.library.impl("fastinception::triton_backward", "default")(
-    lambda *args: _without_none(
+    lambda *args: without_none(
         triton_gradients(replay.known("backward", args[1].shape, args[1].dtype), *args), like=args[0]
     )
 )
@@ -405,5 +405,5 @@ for _backend, _extra in (("aten", 0), ("triton", 2)):
     )
     torch.library.register_fake(
         f"fastinception::{_backend}_backward",
-        lambda grad_out, x, *args: _empty_gradients((x, *args[:12]), args[-1]),
+        lambda grad_out, x, *args: empty_gradients((x, *args[:12]), args[-1]),
     )

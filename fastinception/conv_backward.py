@@ -1,0 +1,122 @@
+"""Differentiate a convolution: on a CPU by matrix products, where they take less time than the library's gradients."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+_CHAIN = 2048  # pixels that a float32 product may sum one after another
+_COLUMNS_CHAIN = 512  # so that a product's columns stay in the cache as well
+_LEAST_PIXELS = 512  # with fewer, the library's gradient of a spatial weight is as fast and more exact
+_LEAST_CHANNELS = 16  # with fewer, MKL sums all pixels in one chain
+
+# On cores with AVX2 alone oneDNN's gradient of a 3x3 weight in channels_last reaches half the speed of a matrix
+# product, and its error is several times that of one. Asked once, on import. Other cores were not measured.
+COLUMNS_PAY = torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], into: Tensor | None = None
+) -> Gradients:
+    """Return the gradients of ``conv2d(x, weight, bias, padding="same")`` for x, weight and bias, as ``needs`` says.
+
+    Args:
+        grad: gradient of the result, ``[N, O, H, W]``.
+        x: ``[N, C, H, W]``, in channels_last as ``grad`` is.
+        weight: ``[O, C, kernel height, kernel width]``, both odd.
+        needs: which of the three are wanted; the others are None.
+        into: a gradient of x from elsewhere, to which x's is added, and which is returned in its place.
+    """
+    if x.device.type == "cpu" and weight.shape[2:] == (1, 1):
+        return _pointwise(grad, x, weight, needs, into)
+    if needs[1] and _by_columns(x, weight):
+        grad_x, _, _ = _library(grad, x, weight, (needs[0], False, False))
+        grad_weight: Tensor | None = _weight_gradient_by_columns(grad, x, weight)
+        grad_bias = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1]).sum(0) if needs[2] else None
+    else:
+        grad_x, grad_weight, grad_bias = _library(grad, x, weight, needs)
+    return grad_x if into is None or grad_x is None else into.add_(grad_x), grad_weight, grad_bias
+
+
+def _library(grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> Gradients:
+    if not any(needs):
+        return None, None, None
+    kernel_h, kernel_w = weight.shape[2:]
+    padding = [kernel_h // 2, kernel_w // 2]
+    found = torch.ops.aten.convolution_backward(
+        grad, x, weight, [weight.shape[0]], [1, 1], padding, [1, 1], False, [0, 0], 1, needs
+    )
+    grad_x, grad_weight, grad_bias = (one if need else None for one, need in zip(found, needs, strict=True))
+    return grad_x, grad_weight, grad_bias  # oneDNN gives the weight's with the bias's
+
+
+def _pointwise(
+    grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], into: Tensor | None
+) -> Gradients:
+    """Compute plain matrix products: where images are small, oneDNN's gradients take up to twice as long."""
+    n, channels, height, width = x.shape
+    matrix = grad.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])  # [N*H*W, O]
+    grad_x = grad_weight = grad_bias = None
+    if needs[0]:
+        weight_rows = weight.reshape(-1, channels)
+        if into is None:
+            rows = torch.mm(matrix, weight_rows)  # [N*H*W, C]
+        else:
+            # Not a view: a side of one pixel may have any stride.
+            rows = into.permute(0, 2, 3, 1).reshape(-1, channels).addmm_(matrix, weight_rows)
+        grad_x = rows.view(n, height, width, channels).permute(0, 3, 1, 2)
+    if needs[1]:
+        grad_weight = _pointwise_weight_gradient(matrix, x, weight, grad)
+    if needs[2]:
+        grad_bias = matrix.sum(0)
+    return grad_x, grad_weight, grad_bias
+
+
+def _pointwise_weight_gradient(matrix: Tensor, x: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+    """Return the weight gradient of a 1x1 convolution; ``matrix`` is ``grad`` as rows of pixels."""
+    rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # [N*H*W, C]
+    if x.dtype is not torch.float32:
+        return torch.mm(matrix.t(), rows).view(weight.shape)
+    # In float32 a product sums all its pixels in one chain and rounds at each step.
+    if len(rows) < _CHAIN:  # then its error is 2 to 5 times that of oneDNN's convolution
+        _, grad_weight, _ = _library(grad, x, weight, (False, True, False))
+        return cast(Tensor, grad_weight)
+    parts, whole = len(rows) // _CHAIN, len(rows) // _CHAIN * _CHAIN
+    chains = [t[:whole].view(parts, _CHAIN, -1) for t in (matrix, rows)]
+    gradient = torch.bmm(chains[0].mT, chains[1]).sum(0)
+    if whole < len(rows):
+        gradient.addmm_(matrix[whole:].t(), rows[whole:])
+    return gradient.view(weight.shape)
+
+
+def _by_columns(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether :func:`_weight_gradient_by_columns` is faster than the library."""
+    if not COLUMNS_PAY or x.dtype is not torch.float32 or x.device.type != "cpu":
+        return False
+    out_channels, channels, kernel_h, kernel_w = weight.shape
+    n, _, height, width = x.shape
+    if n * height * width < _LEAST_PIXELS or min(out_channels, channels) < _LEAST_CHANNELS:
+        return False
+    # A larger kernel has more columns to copy for each of x's numbers, which pays only where most of them are padding.
+    return kernel_h * kernel_w <= 9 or width < kernel_w
+
+
+def _weight_gradient_by_columns(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Return a spatial weight's gradient as matrix products of x's windows (im2col), some images or lines at a time."""
+    out_channels, channels, kernel_h, kernel_w = weight.shape
+    height, width = x.shape[2:]
+    padded = F.pad(x, (kernel_w // 2, kernel_w // 2, kernel_h // 2, kernel_h // 2))
+    windows = padded.unfold(2, kernel_h, 1).unfold(3, kernel_w, 1).permute(0, 2, 3, 4, 5, 1)  # [N, H, W, kh, kw, C]
+    pixels = grad.permute(0, 2, 3, 1)  # [N, H, W, O]
+    gradient = x.new_zeros(kernel_h * kernel_w * channels, out_channels)
+    images, lines = max(1, _COLUMNS_CHAIN // (height * width)), max(1, _COLUMNS_CHAIN // width)
+    for some_windows, some_pixels in zip(windows.split(images), pixels.split(images), strict=True):
+        for part, matrix in zip(some_windows.split(lines, 1), some_pixels.split(lines, 1), strict=True):
+            columns = part.reshape(-1, len(gradient))
+            gradient.addmm_(columns.t(), matrix.reshape(-1, out_channels))
+    return gradient.view(kernel_h, kernel_w, channels, out_channels).permute(3, 2, 0, 1)

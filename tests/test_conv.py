@@ -1,0 +1,290 @@
+"""The convolutions' own gradients: exact where every sum is, and Conv2d that has them around the blocks."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastinception import Conv2d, FastInception, GoogLeNet, backends
+from fastinception import conv_backward as gradients
+
+CL = torch.channels_last
+NATIVE = gradients.COLUMNS_PAY
+
+
+@pytest.fixture(autouse=True)
+def paying(monkeypatch):
+    """As on cores where a product of columns is the faster gradient, whatever these are."""
+    torch.compiler.reset()
+    monkeypatch.setattr(gradients, "COLUMNS_PAY", True)
+
+
+def integers(*shape: int, high: int = 8) -> Tensor:
+    """Return small integers: every sum of their products is exact in float32."""
+    return torch.randint(-high, high + 1, shape).float()
+
+
+def operands(n: int, c: int, o: int, kernel: tuple[int, int], height: int, width: int) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    tensors = integers(n, o, height, width), integers(n, c, height, width), integers(o, c, *kernel)
+    return tuple(t.contiguous(memory_format=CL) for t in tensors)
+
+
+def library(grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...] = (True,) * 3) -> tuple[Tensor, ...]:
+    padding = [side // 2 for side in weight.shape[2:]]
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, [len(weight)], [1, 1], padding, [1, 1], False, [0, 0], 1, needs
+    )
+
+
+@pytest.mark.parametrize("chain", [1, 40, 512], ids="chain{}".format)
+@pytest.mark.parametrize(
+    ("n", "kernel", "height", "width"),
+    [(64, (3, 3), 3, 3), (5, (3, 3), 12, 13), (1, (3, 3), 50, 41), (3, (1, 3), 7, 60), (2, (3, 1), 60, 7),
+     (90, (5, 5), 3, 4), (600, (3, 3), 1, 1)],
+)  # fmt: skip
+def test_the_columns_gradients_are_exact(n, kernel, height, width, chain, monkeypatch):
+    """Whole chains, a rest, lines of one image, and images smaller than the kernel."""
+    monkeypatch.setattr(gradients, "_COLUMNS_CHAIN", chain)
+    grad, x, weight = operands(n, 16, 17, kernel, height, width)
+    assert gradients._by_columns(x, weight)
+    exact = library(grad.double(), x.double(), weight.double())
+    pixels, addmm_ = [], Tensor.addmm_
+
+    def watch(self: Tensor, columns: Tensor, matrix: Tensor) -> Tensor:
+        pixels.append(len(matrix))
+        return addmm_(self, columns, matrix)
+
+    monkeypatch.setattr(Tensor, "addmm_", watch)
+    for needs in itertools.product((False, True), repeat=3):
+        found = gradients.conv_backward(grad, x, weight, needs)
+        assert [result is not None for result in found] == list(needs)
+        for result, expected in zip(found, exact, strict=True):
+            assert result is None or torch.equal(result.double(), expected)
+    assert max(pixels) <= max(chain, width)
+
+
+def test_a_gradient_from_elsewhere_is_added():
+    for kernel in ((1, 1), (3, 3)):
+        grad, x, weight = operands(4, 5, 7, kernel, 9, 8)
+        into = integers(*x.shape).contiguous(memory_format=CL)
+        expected = into + library(grad, x, weight)[0]
+        found, _, _ = gradients.conv_backward(grad, x, weight, (True, True, True), into)
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(not NATIVE, reason="the library computes this gradient on these cores")
+@pytest.mark.parametrize(
+    ("n", "c", "o", "kernel", "side"),
+    [
+        (64, 96, 208, 3, 6),
+        (64, 192, 384, 3, 3),
+        (64, 48, 128, 5, 3),
+        (8, 64, 192, 3, 24),
+        (1, 16, 16, 3, 70),
+        (1, 3, 4, 3, 70),
+    ],
+)
+def test_the_columns_error_is_within_twice_the_librarys(n, c, o, kernel, side):
+    """In the library's worse layout, as in test_equivalence; with few channels a product's chain is longest."""
+    torch.manual_seed(0)
+    grad, x, weight = torch.randn(n, o, side, side), torch.randn(n, c, side, side), torch.randn(o, c, kernel, kernel)
+    exact = library(grad.double(), x.double(), weight.double())[1]
+
+    def error(weight_gradient: Tensor) -> Tensor:
+        return (weight_gradient - exact).abs().max()
+
+    rows = [t.contiguous(memory_format=CL) for t in (grad, x, weight)]
+    theirs = max(error(library(*tensors)[1]) for tensors in ((grad, x, weight), rows))
+    assert error(gradients.conv_backward(*rows, (False, True, False))[1]) <= 2 * theirs
+
+
+def test_where_columns_are_multiplied(monkeypatch):
+    """In float32, for small kernels or images within the kernel, enough pixels and enough channels."""
+
+    def by_columns(kernel: int, n: int = 32, width: int = 6, channels: int = 16, out: int = 16, **options) -> bool:
+        x = torch.empty(n, channels, 6, width, **options)
+        return gradients._by_columns(x, torch.empty(out, channels, kernel, kernel))
+
+    assert by_columns(3)
+    assert by_columns(5, width=4)
+    assert not by_columns(5)
+    assert not by_columns(3, n=14)
+    assert not by_columns(3, channels=15)
+    assert not by_columns(3, out=15)
+    assert not by_columns(3, dtype=torch.float64)
+    assert not by_columns(3, device="meta")
+    monkeypatch.setattr(gradients, "COLUMNS_PAY", False)
+    assert not by_columns(3)
+
+
+def results(conv: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+    y = conv(x)
+    return [y, *torch.autograd.grad(y, [x, *conv.parameters()], grad)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("formats", list(itertools.product((CL, torch.contiguous_format), repeat=2)), ids=str)
+def test_conv_gives_torchs_values_and_strides(formats, bias, compiled):
+    own, theirs = Conv2d(16, 17, 3, padding=1, bias=bias), nn.Conv2d(16, 17, 3, padding=1, bias=bias)
+    with torch.no_grad():
+        for p in own.parameters():
+            p.copy_(integers(*p.shape))
+    theirs.load_state_dict(own.state_dict())
+    own, theirs = (conv.to(memory_format=formats[1]) for conv in (own, theirs))
+    run = torch.compile(own, fullgraph=True, backend="aot_eager") if compiled else own
+    x, grad = integers(16, 16, 7, 6).contiguous(memory_format=formats[0]).requires_grad_(), integers(16, 17, 7, 6)
+    found, expected = results(run, x, grad), results(theirs, x, grad)
+    assert all(map(torch.equal, found, expected))
+    assert found[0].stride() == expected[0].stride()
+    assert [t.stride() for t in found[1:]] == [t.stride() for t in (x, *own.parameters())]
+
+
+def operators(run) -> set[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    return {event.name for event in profile.events() if event.name.startswith("fastinception::conv")}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_stem_is_trained_by_them(compiled):
+    net = GoogLeNet(block=FastInception)[1].to(memory_format=CL)
+    run = torch.compile(net, fullgraph=True) if compiled else net
+    x = torch.randn(2, 64, 16, 16).contiguous(memory_format=CL)
+    run(x).sum().backward()  # compiles
+    assert operators(lambda: run(x).sum().backward()) == {"fastinception::conv2d", "fastinception::conv2d_backward"}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("formats", list(itertools.product((CL, torch.contiguous_format), repeat=2)), ids=str)
+def test_opcheck(formats, bias):
+    grad, x, weight = operands(16, 16, 17, (3, 3), 6, 7)
+    x, weight = x.contiguous(memory_format=formats[0]), weight.contiguous(memory_format=formats[1])
+    args = (x.requires_grad_(), weight.requires_grad_(), integers(17).requires_grad_() if bias else None)
+    torch.library.opcheck(torch.ops.fastinception.conv2d, args)
+    needs = [True, True, bias]
+    torch.library.opcheck(torch.ops.fastinception.conv2d_backward, (grad, x.detach(), weight.detach(), needs))
+
+
+def test_frozen_parameters_and_images_get_no_gradient():
+    conv, x = Conv2d(5, 7, 3, padding=1), integers(8, 5, 7, 6)
+    for frozen in (("weight",), ("bias",), ("weight", "bias"), ()):
+        for name, p in conv.named_parameters():
+            p.requires_grad_(name not in frozen)
+            p.grad = None
+        x.requires_grad_(len(frozen) == 2)
+        conv(x).sum().backward()
+        assert {name for name, p in conv.named_parameters() if p.grad is None} == set(frozen)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"stride": 2, "padding": 1}, {"padding": 0}, {"padding": 1, "dilation": 2}, {"padding": 1, "groups": 2},
+     {"padding": 1, "padding_mode": "reflect"}, {"padding": "same"}, {"kernel_size": 2, "padding": 1}],
+    ids=str,
+)  # fmt: skip
+def test_other_convolutions_are_torchs(options):
+    options = {"kernel_size": 3, **options}
+    own, theirs = Conv2d(4, 6, **options), nn.Conv2d(4, 6, **options)
+    theirs.load_state_dict(own.state_dict())
+    x = torch.randn(8, 4, 9, 9, requires_grad=True)
+    y = theirs(x)
+    assert not operators(lambda: own(x))
+    for ours, expected in zip(results(own, x, torch.ones_like(y)), results(theirs, x, torch.ones_like(y)), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_everything_else_is_torchs(monkeypatch):
+    """Inference, float64, one image without a batch, autocast, a class of one's own, other cores."""
+    monkeypatch.setattr(backends, "_EMULATED", frozenset())
+    conv, x = Conv2d(4, 6, 3, padding=1), torch.randn(8, 4, 9, 9)
+
+    class Own(Conv2d):
+        def _conv_forward(self, input, weight, bias):
+            return super()._conv_forward(input, 2 * weight, bias)
+
+    def autocast() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            conv(x)
+
+    assert operators(lambda: conv(x))
+    with torch.no_grad():
+        assert not operators(lambda: conv(x))
+    assert not operators(lambda: conv(x[0]))
+    assert not operators(autocast)
+    assert not operators(lambda: Own(4, 6, 3, padding=1)(x))
+    assert not operators(lambda: conv.requires_grad_(False)(x))
+    assert not operators(lambda: Conv2d(4, 6, 3, padding=1).double()(x.double()))
+    monkeypatch.setattr(gradients, "COLUMNS_PAY", False)
+    assert not operators(lambda: conv.requires_grad_(True)(x))
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_transforms():
+    """Each by the operator or around it: a second derivative, batched gradients, forward mode, functorch, export."""
+    conv, x = Conv2d(16, 17, 3, padding=1), torch.randn(4, 16, 12, 12, requires_grad=True)
+    theirs = nn.Conv2d(16, 17, 3, padding=1)
+    theirs.load_state_dict(conv.state_dict())
+
+    def second(conv: nn.Module) -> Tensor:
+        (first,) = torch.autograd.grad(conv(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), conv.weight)[0]
+
+    def batched(conv: nn.Module) -> Tensor:
+        y = conv(x)
+        grads = torch.randn(4, *y.shape, generator=torch.Generator().manual_seed(0))
+        return torch.autograd.grad(y, conv.weight, grads, is_grads_batched=True)[0]
+
+    def forward(conv: nn.Module) -> Tensor:
+        with torch.autograd.forward_ad.dual_level():
+            return torch.autograd.forward_ad.unpack_dual(conv(torch.autograd.forward_ad.make_dual(x, x))).tangent
+
+    def forward_over_backward(conv: nn.Module) -> Tensor:
+        y = conv(x)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y))
+            (grad,) = torch.autograd.grad(y, x, dual)
+            return torch.autograd.forward_ad.unpack_dual(grad).tangent
+
+    def jacobian(conv: nn.Module) -> Tensor:
+        return torch.func.vmap(torch.func.grad(lambda x: conv(x).square().sum()))(x[:, None])
+
+    for transform in (second, batched, forward, forward_over_backward, jacobian):
+        torch.testing.assert_close(transform(conv), transform(theirs), rtol=1e-4, atol=1e-4, msg=transform.__name__)
+    exported = torch.export.export(conv, (x.detach(),))
+    assert not any("fastinception" in str(node.target) for node in exported.graph.nodes)
+
+
+def test_a_gradient_under_autocast_is_not_rounded():
+    """Whose products, if autocast saw them, would be of bfloat16."""
+    conv, x, grad = Conv2d(5, 7, 1), torch.randn(8, 5, 7, 6, requires_grad=True), torch.randn(8, 7, 7, 6)
+    y = conv(x)
+    expected = library(grad, x, conv.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, [x, *conv.parameters()], grad)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_wrong_image_gets_torchs_error():
+    with pytest.raises(RuntimeError, match=r"expected input.* to have 4 channels"):
+        Conv2d(4, 6, 3, padding=1)(torch.randn(2, 5, 8, 8))
+
+
+def test_the_block_differentiates_its_spatial_convolutions_so(monkeypatch):
+    seen = []
+    own = gradients._weight_gradient_by_columns
+    monkeypatch.setattr(
+        gradients, "_weight_gradient_by_columns", lambda *args: seen.append(args[2].shape[2]) or own(*args)
+    )
+    block = FastInception(64, 8, (16, 24), (16, 24), 8, backend="aten").to(memory_format=CL)
+    x = torch.randn(512, 64, 4, 4).contiguous(memory_format=CL)
+    block(x).sum().backward()
+    assert seen == [3, 5]
+    assert block.p2_2.weight.grad.stride() == block.p2_2.weight.stride()
+    with torch.no_grad():
+        assert torch.equal(F.relu(block.p1_1(x)), block(x)[:, :8])
