@@ -10,13 +10,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 # What is measured is the checkout whose commit is reported, whatever else is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,246 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 try:
     import torch
     from rich.console import Console
-    from torch import Tensor, nn
 
-    from bench import engines, memory
-    from bench.agreement import Disagreement, Errors, check, check_weights, errors, truth
-    from bench.engines import Engine
-    from bench.floor import Convolutions
-    from bench.harness import (
-        DTYPES,
-        Batch,
-        Runner,
-        compile_failure,
-        interleave,
-        load_batch,
-        rate,
-        synchronize,
-        wall_clock,
-    )
+    from bench.agreement import Disagreement
+    from bench.comparison import Comparison
+    from bench.harness import DTYPES, Batch, compile_failure, load_batch
     from bench.record import conditions, write_json
-    from bench.report import BASE, FLOOR, Display, Row, cross_precision, plot, with_ratios
+    from bench.report import Display, Row, cross_precision, plot
     from fastinception import backends
-    from fastinception.googlenet import GoogLeNet, xavier_uniform_
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing}: install what the benchmarks need with pip install -e '.[bench]'")
-
-BLOCKS: Mapping[str, Callable[..., nn.Module]] = memory.BLOCKS
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to run the network. Variants of one name compete for one row, and the fastest is the row.
-
-    ``engine`` names another inference engine; the variant named FLOOR is the network's convolutions alone.
-    """
-
-    name: str
-    block: str
-    layout: str = "channels_last"
-    compile_options: Mapping[str, Any] | None = None
-    cuda_graph: bool = False
-    engine: str = ""
-    detail: str = ""
-
-    @property
-    def label(self) -> str:
-        """Name the variant among its rivals, too."""
-        return f"{self.name} ({self.detail})" if self.detail else self.name
-
-
-Timed = Runner | Engine | Convolutions
-
-
-class Weights(NamedTuple):
-    """State dicts of the plain network: for the check, and (the textbook's Xavier start) for the timing."""
-
-    check: dict[str, Tensor]
-    timing: dict[str, Tensor]
-
-
-class Schedule(NamedTuple):
-    """How long one mode and dtype is measured: at least so many rounds, more if the seconds allow."""
-
-    warmup: float
-    rounds: int
-    seconds: float
-
-
-# Before each sample on a CPU, in seconds: PyTorch's threads spin for some milliseconds after a run, and an engine with
-# threads of its own would share the cores with them (OpenVINO lost 7 to 14%).
-PAUSE = 0.05
-SCHEDULES = {
-    ("inference", False): Schedule(warmup=1.0, rounds=7, seconds=12.0),
-    ("training", False): Schedule(warmup=1.0, rounds=5, seconds=15.0),
-    ("inference", True): Schedule(warmup=0.3, rounds=7, seconds=1.0),
-    ("training", True): Schedule(warmup=0.3, rounds=5, seconds=1.0),
-}
-
-
-def variants(mode: str, dtype: str, device: torch.device, compiles: bool, quick: bool) -> list[Variant]:
-    """List what is measured; the first is the plain module that errors and ratios refer to."""
-    cuda = device.type == "cuda"
-    chosen = [
-        Variant(BASE, "plain", layout="NCHW"),
-        Variant("plain eager channels_last", "plain"),
-        Variant("FastInception eager", "FastInception"),
-    ]
-    if compiles and (cuda or mode == "inference" or not quick):
-        chosen.append(Variant("plain compiled", "plain", compile_options={}))
-        if mode == "training":
-            # Inductor can lose channels_last in the backward graph (pytorch#189239); this is its remedy.
-            remedy = "force_layout_optimization"
-            chosen.append(
-                Variant("plain compiled", "plain", compile_options={"options": {remedy: True}}, detail=remedy)
-            )
-        chosen.append(Variant("FastInception compiled", "FastInception", compile_options={}))
-        if mode == "inference" and not cuda and not quick:  # weights become constants, in oneDNN's own layout
-            freezing = {"options": {"freezing": True}}
-            chosen += [Variant(f"{b} compiled, frozen", b, compile_options=freezing) for b in BLOCKS]
-        tunings = ("reduce-overhead",) if quick else ("reduce-overhead", "max-autotune")
-        for tuning in tunings if cuda else ():
-            chosen += [Variant(f"{b} {tuning}", b, compile_options={"mode": tuning}) for b in BLOCKS]
-    if cuda:
-        chosen += [Variant(f"{b} CUDA graph", b, cuda_graph=True) for b in BLOCKS]
-    elif mode == "inference" and not quick:
-        chosen += [Variant(name, "plain", layout="NCHW", engine=name) for name in engines.available(dtype)]
-    return [*chosen, Variant(FLOOR, "plain")]
-
-
-class Comparison:
-    """Check and measure variants of one network on one batch, one mode and dtype after another."""
-
-    def __init__(self, args: argparse.Namespace, batch: Batch, compiles: bool, display: Display) -> None:
-        self.args, self.batch, self.compiles, self.display = args, batch, compiles, display
-        self.notes: list[str] = []
-        torch.manual_seed(0)
-        textbook = xavier_uniform_(GoogLeNet())
-        self.weights = Weights(check_weights(), textbook.state_dict())
-        display.stage("reference in fp64", 0, None)
-        self.truths = {
-            mode: truth(self.weights.check, batch.images, batch.labels, mode == "training") for mode in modes(args)
-        }
-        # The library at its best; not for the truth, whose fp64 it would search for seconds.
-        torch.backends.cudnn.benchmark = args.device.type == "cuda"
-
-    def note(self, words: str) -> None:
-        """Say, now and in the JSON, what a reader of the rows should know."""
-        self.notes.append(words)
-        self.display.say(f"note: {words}")
-
-    def group(self, mode: str, dtype: str) -> list[Row]:
-        """Return the rows of one mode and dtype.
-
-        Raises:
-            Disagreement: a variant computes something else, or training left NaN or infinity.
-        """
-        title = f"{mode}, {dtype}"
-        chosen = variants(mode, dtype, self.args.device, self.compiles, self.args.quick)
-        runners = self._prepare(title, chosen, mode, dtype)
-        measured = self._memory(runners, dtype) if mode == "training" and not self.args.quick else {}
-        self.display.stage(f"{title}: warm up", 0, None)
-        sync = partial(synchronize, self.args.device)
-        clock = wall_clock(sync, PAUSE if self.args.device.type == "cpu" else 0.0)
-        for samples, rounds in interleave(runners, sync, clock=clock, **SCHEDULES[mode, self.args.quick]._asdict()):
-            done = min(map(len, samples.values()))
-            self.display.stage(f"{title}: rounds", done, rounds)
-            if done:
-                rows = self._rows(samples, chosen, measured, mode, dtype)
-                self.display.rows(title, rows, final=done == rounds)
-        for label, runner in runners.items():
-            if not all(bool(torch.isfinite(p).all()) for p in runner.net.parameters()):
-                raise Disagreement(f"{title}: {label} left NaN or infinity in the parameters")
-        for name in {variant.name for variant in chosen if variant.detail}:
-            rivals = [v for v in chosen if v.name == name]
-            speeds = [f"{v.detail or 'default'} {self._rate(samples[v.label])[0]:.1f}" for v in rivals]
-            self.note(f"{title}: {name} is the better of {' and '.join(speeds)} examples/s")
-        torch.compiler.reset()
-        return rows
-
-    def _runner(self, variant: Variant, net: nn.Module, mode: str, dtype: str) -> Runner | Engine:
-        images, labels = self.batch.images, self.batch.labels
-        if variant.engine:
-            return Engine(variant.engine, net, images, dtype=dtype)
-        return Runner(
-            net,
-            images,
-            labels,
-            mode=mode,
-            dtype=dtype,
-            layout=variant.layout,
-            compile_options=variant.compile_options,
-            cuda_graph=variant.cuda_graph,
-        )
-
-    def _prepare(self, title: str, chosen: list[Variant], mode: str, dtype: str) -> dict[str, Timed]:
-        runners: dict[str, Timed] = {}
-        plain: Errors | None = None
-        for done, variant in enumerate(list(chosen)):
-            self.display.stage(f"{title}: compile and check {variant.label}", done, len(chosen))
-            net = GoogLeNet(block=BLOCKS[variant.block])
-            if variant.name == FLOOR:
-                runners[variant.label] = Convolutions(net, self.batch.images, mode=mode, dtype=dtype)
-                continue
-            net.load_state_dict(self.weights.check)
-            try:
-                runner = self._runner(variant, net, mode, dtype)
-            except Exception as error:  # engines raise what they like, and are no part of what is compared
-                if not variant.engine:
-                    raise
-                reason = " ".join(str(error).split())[:300]
-                self.note(f"{title}: no row of {variant.engine}, which fails here: {type(error).__name__}: {reason}")
-                chosen.remove(variant)
-                continue
-            found = errors(runner, self.truths[mode])
-            plain = plain or found
-            self.display.say(check(f"{title}, {variant.label}", found, plain))
-            net.load_state_dict(self.weights.timing)  # engines and frozen graphs keep those of the check
-            runners[variant.label] = runner
-        return runners
-
-    def _memory(self, runners: Mapping[str, Timed], dtype: str) -> dict[str, dict[str, int]]:
-        """Return saved and peak bytes of the eager training variants in channels_last, by label."""
-        size, side = len(self.batch.labels), self.batch.images.shape[-1]
-        found = {}
-        for block, label in (("plain", "plain eager channels_last"), ("FastInception", "FastInception eager")):
-            self.display.stage(f"training, {dtype}: memory of {label}", 0, None)
-            if isinstance(runner := runners[label], Runner) and self.args.device.type == "cuda":
-                found[label] = memory.measure(runner)
-            else:
-                try:
-                    found[label] = memory.in_fresh_process(block, size, side, dtype)
-                except subprocess.CalledProcessError as error:
-                    last = error.stderr.strip().splitlines()[-1:]
-                    self.note(f"training, {dtype}: no memory of {label}: status {error.returncode}, {' '.join(last)}")
-        return found
-
-    def _rate(self, samples: list[float]) -> tuple[float, list[float]]:
-        return rate(samples, len(self.batch.labels))
-
-    def _rows(
-        self,
-        samples: dict[str, list[float]],
-        chosen: list[Variant],
-        measured: dict[str, dict[str, int]],
-        mode: str,
-        dtype: str,
-    ) -> list[Row]:
-        best: dict[str, Row] = {}
-        for variant in chosen:
-            speed, spread = self._rate(samples[variant.label])
-            if variant.name in best and best[variant.name]["examples_per_second"] >= speed:
-                continue
-            best[variant.name] = {
-                "variant": variant.name,
-                "mode": mode,
-                "dtype": dtype,
-                "layout": variant.layout,
-                "compiled": variant.compile_options is not None,
-                "examples_per_second": speed,
-                "spread": spread,
-            } | measured.get(variant.label, {})
-        return with_ratios(list(best.values()))
 
 
 def modes(args: argparse.Namespace) -> list[str]:
@@ -328,14 +94,17 @@ def _emulated(dtypes: list[str], device: torch.device) -> list[str]:
 
 
 def run(
-    args: argparse.Namespace, batch: Batch, display: Display, keep: Callable[[list[Row], list[str]], None]
+    args: argparse.Namespace, batch: Batch, display: Display, keep: Callable[[list[Row], list[str], bool], None]
 ) -> list[Row]:
-    """Return the rows of all that was asked for; behind each group ``keep`` gets those so far, and their notes."""
+    """Return the rows of all that was asked for.
+
+    Behind each group ``keep`` gets those so far, their notes, and whether they are all.
+    """
     rows: list[Row] = []
     with display.live:
         display.stage("try torch.compile", 0, None)
         failure = compile_failure(args.device)
-        comparison = Comparison(args, batch, failure is None, display)
+        comparison = Comparison(modes(args), batch, args.device, failure is None, args.quick, display)
         if failure:
             comparison.note(f"no compiled rows: torch.compile does not work here: {failure}")
         if args.quick:
@@ -347,10 +116,10 @@ def run(
             )
         for dtype in args.left_out:
             comparison.note(f"no {dtype} rows: PyTorch emulates it on this CPU, slowly; --dtype {dtype} measures it")
-        for mode in modes(args):
-            for dtype in args.dtype:
-                rows += comparison.group(mode, dtype)
-                keep(rows, comparison.notes)
+        groups = [(mode, dtype) for mode in modes(args) for dtype in args.dtype]
+        for group in groups:
+            rows += comparison.group(*group)
+            keep(rows, comparison.notes, group == groups[-1])
     return rows
 
 
@@ -385,9 +154,9 @@ def main(argv: list[str] | None = None) -> int:
             console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
     result: dict[str, Any] = {}
 
-    def keep(rows: list[Row], notes: list[str]) -> None:
+    def keep(rows: list[Row], notes: list[str], complete: bool) -> None:
         nonlocal result
-        result = {"conditions": about | {"notes": notes}, "rows": rows}
+        result = {"conditions": about | {"notes": notes, "complete": complete}, "rows": rows}
         if args.json:
             write_json(result, args.json)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import agreement, compare, floor, harness, memory, record, report
+from bench import agreement, compare, comparison, floor, harness, memory, record, report
 from fastinception import FastInception, GoogLeNet, backends
 from fastinception.reference import Inception
 
@@ -43,8 +43,8 @@ EAGER = ["plain eager NCHW", "plain eager channels_last", "FastInception eager"]
 @pytest.fixture
 def fast_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure as little as possible, and nothing compiled."""
-    short = {key: compare.Schedule(warmup=0.0, rounds=1, seconds=0.0) for key in compare.SCHEDULES}
-    monkeypatch.setattr(compare, "SCHEDULES", short)
+    short = {key: comparison.Schedule(warmup=0.0, rounds=1, seconds=0.0) for key in comparison.SCHEDULES}
+    monkeypatch.setattr(comparison, "SCHEDULES", short)
     monkeypatch.setattr(harness, "MIN_SAMPLE", 0.0)
     monkeypatch.setattr(compare, "compile_failure", lambda device: "switched off by a test")
 
@@ -195,7 +195,7 @@ def test_a_wrong_block_is_not_timed(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setitem(compare.BLOCKS, "FastInception", block)
+    monkeypatch.setitem(comparison.BLOCKS, "FastInception", block)
     result = tmp_path / "result.json"
     assert compare.main([*TINY, "--mode", mode, "--dtype", dtype, "--json", str(result)]) == 1
     printed = capsys.readouterr()
@@ -215,14 +215,15 @@ def test_compiled_variants_are_rows_and_the_better_rival_is_kept(
         return net
 
     pauses: list[float] = []
-    wall_clock = compare.wall_clock
-    monkeypatch.setattr(compare, "wall_clock", lambda sync, pause: pauses.append(pause) or wall_clock(sync, pause))
+    wall_clock = comparison.wall_clock
+    monkeypatch.setattr(comparison, "wall_clock", lambda sync, pause: pauses.append(pause) or wall_clock(sync, pause))
     monkeypatch.setattr(compare, "compile_failure", lambda device: None)
     monkeypatch.setattr(torch, "compile", fake_compile)
     result = tmp_path / "result.json"
     assert compare.main([*TINY, "--mode", "training", "--dtype", "fp32", "--json", str(result)]) == 0
-    assert pauses == [compare.PAUSE]  # a CPU's threads spin for a while
-    assert compare.PAUSE >= 0.02
+    assert pauses == [comparison.PAUSE]  # a CPU's threads spin for a while
+    assert comparison.PAUSE >= 0.02
+    assert _strict(result)["conditions"]["complete"] is True
     rows = _strict(result)["rows"]
     assert [row["variant"] for row in rows] == [*EAGER, "plain compiled", "FastInception compiled", report.FLOOR]
     assert [row["compiled"] for row in rows] == [False, False, False, True, True, False]
@@ -248,12 +249,13 @@ def test_what_fails_beside_the_comparison_is_a_note_and_what_was_measured_is_kep
         raise ImportError("libopenvino.so: cannot open shared object file")
 
     fail = [subprocess.CalledProcessError(1, "python", stderr="Traceback\nno memory"), KeyboardInterrupt]
-    monkeypatch.setattr(compare.engines, "available", lambda dtype: ["OpenVINO"])
-    monkeypatch.setattr(compare, "Engine", engine)
-    monkeypatch.setattr(compare.memory, "in_fresh_process", mock.Mock(side_effect=fail))
+    monkeypatch.setattr(comparison.engines, "available", lambda dtype: ["OpenVINO"])
+    monkeypatch.setattr(comparison, "Engine", engine)
+    monkeypatch.setattr(comparison.memory, "in_fresh_process", mock.Mock(side_effect=fail))
     result = tmp_path / "result.json"
     assert compare.main([*TINY, "--mode", "both", "--dtype", "fp32", "--json", str(result)]) == 130
     kept = _strict(result)
+    assert kept["conditions"]["complete"] is False
     assert [(row["variant"], row["mode"]) for row in kept["rows"]] == [(n, "inference") for n in (*EAGER, report.FLOOR)]
     assert "no row of OpenVINO, which fails here: ImportError: libopenvino.so" in kept["conditions"]["notes"][-1]
     printed = " ".join(capsys.readouterr().out.split())
@@ -483,7 +485,7 @@ def test_a_cpu_that_emulates_bf16_measures_it_only_if_asked(monkeypatch: pytest.
 
 
 def test_a_gpu_run_has_every_compile_mode_and_cuda_graph_of_both() -> None:
-    names = [v.name for v in compare.variants("inference", "bf16", torch.device("cuda"), True, False)]
+    names = [v.name for v in comparison.variants("inference", "bf16", torch.device("cuda"), True, False)]
     assert names[0] == "plain eager NCHW"
     for way in ("eager", "compiled", "max-autotune", "reduce-overhead", "CUDA graph"):
         for block in ("plain", "FastInception"):
@@ -491,21 +493,21 @@ def test_a_gpu_run_has_every_compile_mode_and_cuda_graph_of_both() -> None:
 
 
 def test_a_cpu_run_has_frozen_graphs_and_the_engines_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare.engines, "available", lambda dtype: ["OpenVINO"] if dtype == "bf16" else [])
+    monkeypatch.setattr(comparison.engines, "available", lambda dtype: ["OpenVINO"] if dtype == "bf16" else [])
     for dtype in ("fp32", "bf16"):
-        names = [v.name for v in compare.variants("inference", dtype, torch.device("cpu"), True, False)]
+        names = [v.name for v in comparison.variants("inference", dtype, torch.device("cpu"), True, False)]
         assert {"plain compiled, frozen", "FastInception compiled, frozen"} <= set(names)
         assert ("OpenVINO" in names) == (dtype == "bf16")
-    training = [v.name for v in compare.variants("training", "bf16", torch.device("cpu"), True, False)]
+    training = [v.name for v in comparison.variants("training", "bf16", torch.device("cpu"), True, False)]
     assert not any("frozen" in name or name == "OpenVINO" for name in training)
 
 
-@pytest.mark.parametrize("name", list(compare.engines.ENGINES))
+@pytest.mark.parametrize("name", list(comparison.engines.ENGINES))
 def test_an_engine_computes_what_the_network_computes(name: str) -> None:
-    if name not in compare.engines.available("fp32"):
+    if name not in comparison.engines.available("fp32"):
         pytest.skip(f"{name} is not installed")
     net, images = GoogLeNet(), torch.rand(2, 1, 32, 32)
-    engine = compare.Engine(name, net, images, dtype="fp32")
+    engine = comparison.Engine(name, net, images, dtype="fp32")
     engine()
     torch.testing.assert_close(engine.evaluate(), net(images).detach(), rtol=1e-3, atol=1e-4)
 
@@ -616,5 +618,5 @@ def test_the_check_weights_let_bf16_see_a_wrong_block() -> None:
 
 
 def test_the_fast_side_is_fastinception() -> None:
-    assert compare.BLOCKS["plain"] is Inception
-    assert compare.BLOCKS["FastInception"] is FastInception
+    assert comparison.BLOCKS["plain"] is Inception
+    assert comparison.BLOCKS["FastInception"] is FastInception
