@@ -9,6 +9,7 @@ stands what no autograd function in Python goes below: one of as many tensors th
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -123,6 +124,9 @@ def measure(rounds: int = 30, calls: int = 50) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description="Print the host's microseconds a call of a tiny block, launches stubbed."
+    ).parse_args()
     os.environ["TRITON_INTERPRET"] = "1"  # here, not on import: it would switch a whole test run to the interpreter
     for name, costs in measure().items():
         print(f"{name:14}" + "".join(f"{kind}: {cost:6.1f} us   " for kind, cost in costs.items()))

@@ -6,6 +6,7 @@ python bench/memory.py '{"block": "plain", ...}'    the fresh process in which c
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -127,8 +128,10 @@ def print_saved_by_blocks() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        main(json.loads(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Print the bytes that each block saves for its backward.")
+    parser.add_argument("spec", nargs="?", type=json.loads, help="JSON from in_fresh_process, which it asks")
+    if spec := parser.parse_args().spec:
+        main(spec)
     else:
         os.environ["TRITON_INTERPRET"] = "1"  # before the first use of Triton
         print_saved_by_blocks()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastinception.kernels import target
 
@@ -124,7 +125,14 @@ def special_state() -> str | None:
         return "a functorch transform (vmap, grad, jvp, ...) is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() and _counted():
+        return "FlopCounterMode counts standard operators only"
     return None
+
+
+def _counted() -> bool:
+    """Tell whether a ``FlopCounterMode`` is active; its module, which imports Triton, need not be."""
+    return any(type(mode).__name__ == "_FlopCounterMode" for mode in _get_current_dispatch_mode_stack())
 
 
 def _may_be_empty(x: Tensor) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -108,11 +110,12 @@ class FastInception(Inception):
 
         Raises:
             TypeError, ValueError: see :func:`fastinception.functional.inception`.
-            TypeError: in ``torch.fx.symbolic_trace``, an ``out``.
+            AssertionError: an ``out`` for a program that ``torch.fx.symbolic_trace`` made.
         """
         if backends.symbolic(x):
-            if out is not None:  # a Proxy as well, if the block itself is traced
-                raise TypeError("torch.fx records no call with out: concrete_args={'out': None} was expected")
+            if out is not None:  # an argument of the program, if the block itself is traced
+                absent = cast(Any, x).tracer.create_proxy("call_function", operator.is_, (out, None), {})
+                torch._assert(absent, "a program that torch.fx made of the block takes no out")
             return super().forward(x)
         if _edited(self) is None:
             return inception(x, _params(self), backend=self.backend, out=out)

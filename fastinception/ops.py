@@ -375,15 +375,19 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.save_for_backward(*inputs[:14])
 
 
-def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """Differentiate the backward a second time, through the block composed of plain operators."""
+def differentiate_twice(ctx: Any, grads: Sequence[Tensor], backward: Callable[..., Any]) -> tuple[Tensor | None, ...]:
+    """Return the derivative of a backward operator, as that of a ``backward`` made of plain operators.
+
+    ``ctx`` has saved the operator's tensors; ``ctx.needs`` is its last argument. ``backward`` takes both, and its
+    results may be None.
+    """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         tensors = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
-        first = _compose_backward(tensors[0], tensors[1:], ctx.needs)
-        wanted = [i for i, need in enumerate(ctx.needs_input_grad[:14]) if need]
+        first = backward(*tensors, ctx.needs)
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[: len(tensors)]) if need]
         second = torch.autograd.grad(
-            [grad for grad in first if grad is not None],
+            [grad for grad, need in zip(first, ctx.needs, strict=True) if need],
             [tensors[i] for i in wanted],
             [grad for grad, need in zip(grads, ctx.needs, strict=True) if need],
             create_graph=create_graph,
@@ -393,6 +397,11 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
     for i, grad in zip(wanted, second, strict=True):
         results[i] = grad
     return tuple(results)
+
+
+def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """Differentiate the backward a second time, through the block composed of plain operators."""
+    return differentiate_twice(ctx, grads, lambda grad_out, *rest: _compose_backward(grad_out, rest[:-1], rest[-1]))
 
 
 DIFFERENTIATED = {

@@ -86,9 +86,8 @@ def test_a_block_is_fast_again_behind_a_trace():
 @pytest.mark.parametrize("grad", [True, False])
 def test_symbolically_traced(case, grad):
     fast, x, more, expected, expected_more = case
-    given = {"out": None} if isinstance(fast, FastInception) else None
     with torch.set_grad_enabled(grad):
-        program = torch.fx.symbolic_trace(fast, concrete_args=given)
+        program = torch.fx.symbolic_trace(fast)
     close(program(x), expected)
     close(program(more), expected_more)
     blocks = [m for m in fast.modules() if isinstance(m, FastInception)]
@@ -109,6 +108,25 @@ def test_features_are_extracted_by_name():
 
 
 def test_a_symbolic_call_with_a_buffer_is_refused():
-    """The textbook's forward would drop the buffer, which is an argument of the block itself."""
-    with pytest.raises(TypeError, match=r"concrete_args=\{'out': None\} was expected"):
-        torch.fx.symbolic_trace(block("aten")[0])
+    """The textbook's forward would drop the buffer, which is an argument of the program."""
+    fast, x = block("aten")
+    buffer = torch.empty_like(fast(x))
+    program = torch.fx.symbolic_trace(fast)
+    program.graph.eliminate_dead_code()
+    program.recompile()
+    with pytest.raises(AssertionError, match=r"takes no out"):
+        program(x, buffer)
+    nodes = torch.fx.symbolic_trace(fast, concrete_args={"out": None}).graph.nodes
+    assert not any(node.op == "call_function" and node.target is torch._assert for node in nodes)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_network_traced_with_its_stem(grad, recwarn):
+    """Whose convolutions have operators of their own in training, on some cores."""
+    fast, _ = network()
+    x = torch.rand(2, 1, 64, 64).contiguous(memory_format=torch.channels_last)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(fast, x)
+    assert not [w for w in recwarn if issubclass(w.category, torch.jit.TracerWarning)]
+    assert "fastinception::" not in str(traced.inlined_graph)
+    close(traced(x), fast(x))

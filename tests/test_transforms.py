@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastinception import FastInception, Inception, explain
 
@@ -245,3 +246,17 @@ def test_gradcheck(pair):
     else:
         assert torch.autograd.gradcheck(call, inputs)
         assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+
+def test_flops_are_counted_as_the_plain_blocks(pair):
+    """Which are all that a FlopCounterMode knows: an operator of our own would count as nothing."""
+    plain, fast, x = pair
+    counts = []
+    for block in (plain, fast):
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            block(x)
+        with FlopCounterMode(display=False) as step:
+            block(x).sum().backward()
+        counts.append((forward.get_total_flops(), step.get_total_flops()))
+    assert counts[0] == counts[1]
+    assert counts[0][1] > counts[0][0] > 0
