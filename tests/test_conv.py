@@ -173,7 +173,7 @@ def operators(run) -> str:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_stem_is_trained_by_them(compiled):
     net = GoogLeNet(block=FastInception)[1].to(memory_format=CL)
-    run = torch.compile(net, fullgraph=True) if compiled else net
+    run = torch.compile(net[2], fullgraph=True) if compiled else net  # by itself Inductor has no C++ to compile
     x = torch.randn(2, 64, 16, 16).contiguous(memory_format=CL)
     run(x).sum().backward()  # compiles
     assert operators(lambda: run(x).sum().backward()) == "fastinception::conv2d fastinception::conv2d_backward"
