@@ -83,18 +83,18 @@ def _same(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=[int(side) // 2 for side in weight.shape[2:]])
 
 
-def _memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
+def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     """Return the memory format of the result: what oneDNN chooses, and PyTorch's fake does not know."""
     format = ops.memory_format(x)
     return ops.memory_format(weight) if format is torch.contiguous_format else format
 
 
 torch.library.impl("fastinception::conv2d", "default")(
-    lambda x, weight, bias: _same(x, weight, bias).contiguous(memory_format=_memory_format(x, weight))
+    lambda x, weight, bias: _same(x, weight, bias).contiguous(memory_format=memory_format(x, weight))
 )
 torch.library.register_fake(
     "fastinception::conv2d",
-    lambda x, weight, bias: torch.empty_like(_same(x, weight, bias), memory_format=_memory_format(x, weight)),
+    lambda x, weight, bias: torch.empty_like(_same(x, weight, bias), memory_format=memory_format(x, weight)),
 )
 
 
@@ -126,7 +126,7 @@ def _differentiate(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ..
     if grad_out is None:
         return None, None, None
     x, weight = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad)
+    needs = ops.needed(ctx, 3)
     if forward_ad._current_level >= 0:  # a tangent of grad_out passes through plain operators only
         return conv_backward.library(grad_out, x, weight, needs)
     grads = torch.ops.fastinception.conv2d_backward(grad_out, x, weight, needs)

@@ -23,39 +23,46 @@ _LEAST_CHANNELS = 16  # below, MKL sums all pixels in one chain: with 4 of 3, 5 
 
 
 def conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], into: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    needs: tuple[bool, bool, bool],
+    into: Tensor | None = None,
+    stride: int = 1,
 ) -> Gradients:
-    """Return the gradients of ``conv2d(x, weight, bias, padding="same")`` for x, weight and bias, as ``needs`` says.
+    """Return the gradients of ``conv2d`` for x, weight and bias, as ``needs`` says.
 
     Args:
-        grad: gradient of the result, ``[N, O, H, W]``.
+        grad: gradient of the result of ``conv2d(x, weight, bias, stride, padding=[kernel height // 2, kernel width //
+            2])``, ``[N, O, ceil(H / stride), ceil(W / stride)]``.
         x: ``[N, C, H, W]``, in channels_last as ``grad`` is.
         weight: ``[O, C, kernel height, kernel width]``, both odd.
         needs: which of the three are wanted; the others are None.
         into: a gradient of x from elsewhere, to which x's is added, and which is returned in its place.
+        stride: of the convolution, in both directions.
 
     Returns:
         The weight's gradient may have other strides than the weight.
     """
-    if x.device.type == "cpu" and weight.shape[2:] == (1, 1):
+    if x.device.type == "cpu" and weight.shape[2:] == (1, 1) and stride == 1:
         return _pointwise(grad, x, weight, needs, into)
-    if needs[1] and by_columns(x, weight):
+    if needs[1] and stride == 1 and by_columns(x, weight):
         grad_x, _, _ = library(grad, x, weight, (needs[0], False, False))
         grad_weight: Tensor | None = _weight_gradient_by_columns(grad, x, weight)
         grad_bias = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1]).sum(0) if needs[2] else None
     else:
-        grad_x, grad_weight, grad_bias = library(grad, x, weight, needs)
+        grad_x, grad_weight, grad_bias = library(grad, x, weight, needs, stride)
     return grad_x if into is None or grad_x is None else into.add_(grad_x), grad_weight, grad_bias
 
 
-def library(grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> Gradients:
+def library(grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool], stride: int = 1) -> Gradients:
     """Return what :func:`conv_backward` does, by PyTorch's operator, which has a derivative."""
     if not any(needs):
         return None, None, None
     kernel_h, kernel_w = weight.shape[2:]
     padding = [int(kernel_h) // 2, int(kernel_w) // 2]
     found = torch.ops.aten.convolution_backward(
-        grad, x, weight, [weight.shape[0]], [1, 1], padding, [1, 1], False, [0, 0], 1, needs
+        grad, x, weight, [weight.shape[0]], [stride, stride], padding, [1, 1], False, [0, 0], 1, needs
     )
     grad_x, grad_weight, grad_bias = (one if need else None for one, need in zip(found, needs, strict=True))
     return grad_x, grad_weight, grad_bias  # oneDNN gives the weight's with the bias's
@@ -89,10 +96,12 @@ def _pointwise_weight_gradient(matrix: Tensor, x: Tensor, weight: Tensor, grad: 
     if x.dtype is not torch.float32:
         return torch.mm(matrix.t(), rows).view(weight.shape)
     # In float32 a product sums all its pixels in one chain and rounds at each step.
-    if len(rows) < _CHAIN:  # then its error is 2 to 5 times that of oneDNN's convolution
+    if len(rows) < (_LEAST_PIXELS if COLUMNS_PAY else _CHAIN):  # its error is up to 2 (AVX-512: 5) times oneDNN's
         _, grad_weight, _ = library(grad, x, weight, (False, True, False))
         return cast(Tensor, grad_weight)
     parts, whole = len(rows) // _CHAIN, len(rows) // _CHAIN * _CHAIN
+    if parts == 0:
+        return torch.mm(matrix.t(), rows).view(weight.shape)
     chains = [t[:whole].view(parts, _CHAIN, -1) for t in (matrix, rows)]
     gradient = torch.bmm(chains[0].mT, chains[1]).sum(0)
     if whole < len(rows):

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastinception import backends, eager
 from fastinception.conv import Conv2d
-from fastinception.module import FastInception, hooked_globally, wrapped
+from fastinception.module import FastInception
 from fastinception.pool import MaxPool2d
 from fastinception.reference import Inception
+from fastinception.stem import Stage
 
 
 class Widths(NamedTuple):
@@ -40,38 +39,6 @@ WIDTHS = {
 }
 
 
-# Bytes. glibc's malloc reuses what is smaller than its largest mmap threshold (DEFAULT_MMAP_THRESHOLD_MAX, 32 MiB),
-# header and alignment included. Larger pieces come fresh from the system: at batch 64 and 96 pixels the first
-# convolution's result had 9217 page faults, which took about as long as the convolution, and no other had any.
-_KEPT = 2**25 - 2**14
-
-
-class _FirstStage(nn.Sequential):
-    """Convolve, pool and activate the images; in inference on a CPU in parts whose largest result malloc reuses."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        run: Callable[[Tensor], Tensor] = super().forward
-        parts = self._parts(input)
-        return run(input) if parts == 1 else torch.cat([run(part) for part in input.chunk(parts)])
-
-    def _parts(self, input: Tensor) -> int:
-        """Return 1, 2, 4 or 8: each needs a graph of its own under torch.compile."""
-        if backends.symbolic(input) or torch.is_grad_enabled() or input.device.type != "cpu" or input.dim() != 4:
-            return 1
-        if torch.compiler._is_exporting_flag or (not torch.compiler.is_compiling() and eager.watched()):
-            return 1  # a program that is kept would hold this batch's parts
-        own = [type(child) for child in self] == [Conv2d, MaxPool2d, nn.ReLU]
-        if not own or any(map(wrapped, self)) or hooked_globally():
-            return 1  # a foreign layer or a hook may want the whole batch
-        conv = cast(Conv2d, self[0])
-        pixels = ((input.shape[2] + 1) // 2) * ((input.shape[3] + 1) // 2)
-        size = 4 if backends.emulated(input.dtype, input.device) else input.element_size()
-        images = _KEPT // max(1, conv.out_channels * pixels * size)  # whose result malloc reuses
-        if images < 16:  # then chunk may return fewer parts than it was asked for
-            return 1
-        return next((parts for parts in (1, 2, 4, 8) if parts * images >= input.shape[0]), 1)
-
-
 class GoogLeNet(nn.Sequential):
     """Classify images with the textbook GoogLeNet: stem, nine Inception blocks, one linear layer.
 
@@ -81,8 +48,8 @@ class GoogLeNet(nn.Sequential):
 
     Around ``FastInception`` the stem's ReLUs come after the max pools: the same numbers and gradients, as a maximum and
     a ReLU commute, from a quarter of the elements. Its pools and convolutions are
-    :class:`fastinception.MaxPool2d` and :class:`fastinception.Conv2d`, and in inference on a CPU the first stage takes
-    a large batch in parts.
+    :class:`fastinception.MaxPool2d` and :class:`fastinception.Conv2d`, and on a CPU a large batch passes each of the
+    stem's pools in parts.
 
     Args:
         block: called as ``block(in_channels, c1, c2, c3, c4)`` for each of the nine blocks: ``Inception``
@@ -123,10 +90,10 @@ class GoogLeNet(nn.Sequential):
         def relu_pool() -> list[nn.Module]:
             return [pool(), relu()] if fast else [relu(), pool()]
 
-        first = _FirstStage if fast else nn.Sequential
+        stem_stage = Stage if fast else nn.Sequential
         super().__init__(
-            first(conv(in_channels, 64, kernel_size=7, stride=2, padding=3), *relu_pool()),
-            nn.Sequential(
+            stem_stage(conv(in_channels, 64, kernel_size=7, stride=2, padding=3), *relu_pool()),
+            stem_stage(
                 conv(64, 64, kernel_size=1),
                 relu(),
                 conv(64, 192, kernel_size=3, padding=1),

@@ -252,6 +252,22 @@ def without_none(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor
     return tuple([_nothing(like) if result is None else result for result in results])
 
 
+def needed(ctx: Any, count: int) -> list[bool]:
+    """Return which of the gradients of a function's first ``count`` tensors the running backward has a use for.
+
+    ``ctx.needs_input_grad`` tells what requires one; of these ``torch.autograd.grad(y, x)`` leads to x's alone.
+    """
+    found = [node is not None and _is_executed(node) for node, _ in ctx.next_functions[:count]]
+    return found + [False] * (count - len(found))  # what is None has no place among the next functions
+
+
+def _is_executed(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # the gradient of a leaf that was asked for by name
+        return True
+
+
 def aten_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | None]:
     params, saved, needs = args[:12], args[12:-1], args[-1]
     with torch.autocast(x.device.type, enabled=False):  # it would cast for some of the products and not for others
@@ -352,7 +368,7 @@ def _register_derivative(backend: str, extra: int) -> None:
             return (None,) * (13 + extra)
         if not ctx.saves:
             raise RuntimeError(f"fastinception::{backend}_forward kept nothing for its backward: save must be True")
-        grads = DIFFERENTIATED[backend](grad_out, ctx.saved_tensors, list(ctx.needs_input_grad[:13]))
+        grads = DIFFERENTIATED[backend](grad_out, ctx.saved_tensors, needed(ctx, 13))
         return *grads, *(None,) * extra
 
     torch.library.register_autograd(f"fastinception::{backend}_forward", backward, setup_context=_setup_forward)
@@ -378,12 +394,15 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def differentiate_twice(ctx: Any, grads: Sequence[Tensor], backward: Callable[..., Any]) -> tuple[Tensor | None, ...]:
     """Return the derivative of a backward operator, as that of a ``backward`` made of plain operators.
 
-    ``ctx`` has saved the operator's tensors; ``ctx.needs`` is its last argument. ``backward`` takes both, and its
-    results may be None.
+    ``ctx`` has saved the operator's tensors, which come first among its arguments; ``ctx.needs`` is its last.
+    ``backward`` takes both, and its results may be None.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        tensors = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        tensors = [
+            t.view_as(t) if t.requires_grad else t.detach().requires_grad_(t.is_floating_point())
+            for t in ctx.saved_tensors
+        ]
         first = backward(*tensors, ctx.needs)
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[: len(tensors)]) if need]
         second = torch.autograd.grad(

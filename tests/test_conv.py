@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -181,7 +182,7 @@ def test_the_stem_is_trained_by_them(compiled):
 
 def test_another_batch_is_not_another_graph():
     own, theirs = pair()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     run = torch.compile(own, fullgraph=True, backend=counter, dynamic=True)
     for n in (20, 24, 40):
         x, grad = image(n), integers(n, 17, 7, 6)

@@ -1,0 +1,268 @@
+"""Run the stages in front of the blocks: on a CPU a large batch a few images at a time, which the cache holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from fastinception import backends, ops
+from fastinception.conv import Conv2d, memory_format
+from fastinception.conv_backward import conv_backward, library
+from fastinception.module import hooked_globally, wrapped
+from fastinception.pool import MaxPool2d
+
+# Bytes. glibc's malloc reuses what is smaller than its largest mmap threshold (DEFAULT_MMAP_THRESHOLD_MAX, 32 MiB),
+# header and alignment included. Larger pieces come fresh from the system: at batch 64 and 96 pixels the first
+# convolution's result had 9217 page faults, which took about as long as the convolution, and its gradient again.
+_KEPT = 2**25 - 2**14
+_PART = 5 * 2**20  # bytes of a part's convolution: 8 images of 96 pixels in the first stage; 4 to 16 took about as long
+
+# On cores with AVX2 alone oneDNN convolves images of few channels in channels_last at a third of the speed that it has
+# into its own blocked layout (jit:avx2), where it pools faster, too. Asked once, on import. Other cores were not
+# measured.
+BLOCKED_PAYS = torch.backends.cpu.get_cpu_capability() == "AVX2" and torch.backends.mkldnn.is_available()
+_FEW_CHANNELS = 4
+_FINITE = 1e38  # a bound of what the convolution computes: below, nothing becomes infinite or NaN
+
+_POOL = [3, 3], [2, 2], [1, 1]  # kernel size, stride, padding
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+
+class Stage(nn.Sequential):
+    """Run layers of which the last three are Conv2d, MaxPool2d and ReLU; on a CPU these in parts of a large batch.
+
+    The same numbers: no image sees another. A part's convolution is pooled, and in the backward its gradient consumed,
+    while the cache holds it, and malloc reuses its memory; it is not kept for the backward.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        layers = list(self)
+        if [type(layer) for layer in layers[-3:]] != [Conv2d, MaxPool2d, nn.ReLU]:
+            run: Callable[[Tensor], Tensor] = super().forward
+            return run(input)
+        for layer in layers[:-3]:
+            input = layer(input)
+        conv, pool, relu = cast(tuple[Conv2d, MaxPool2d, nn.ReLU], layers[-3:])
+        if backends.symbolic(input) or not _takes_parts(input, conv, pool, relu):
+            return cast(Tensor, relu(pool(conv(input))))
+        dtype = _computed(input)
+        operands = [
+            t.to(torch.float32 if backends.emulated(dtype, t.device) else dtype) for t in _operands(input, conv)
+        ]
+        saves = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+        y, _ = torch.ops.fastinception.conv_pool_relu(*operands, conv.stride[0], saves)
+        return cast(Tensor, y.to(dtype))
+
+
+def _operands(x: Tensor, conv: Conv2d) -> tuple[Tensor, Tensor, Tensor]:
+    return x, conv.weight, cast(Tensor, conv.bias)
+
+
+def _computed(x: Tensor) -> torch.dtype:
+    """Return the dtype of the convolution of ``x``."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def _takes_parts(x: Tensor, conv: Conv2d, pool: MaxPool2d, relu: nn.ReLU) -> bool:
+    """Tell whether the operator below computes what the three layers do, and faster."""
+    if backends.special_state() is not None:  # first: a trace would keep, and compare, what is asked of shapes
+        return False
+    if any(map(wrapped, (conv, pool, relu))) or hooked_globally() or conv.bias is None:
+        return False  # a hook may want the whole batch
+    operands = _operands(x, conv)
+    if not {*map(type, operands)} <= backends.PLAIN or any(t.device.type != "cpu" for t in operands):
+        return False
+    dtype, casts = _computed(x), torch.is_autocast_enabled("cpu")
+    if not dtype.is_floating_point or not all(t.dtype in (dtype, torch.float32 if casts else dtype) for t in operands):
+        return False
+    kernel_h, kernel_w = conv.kernel_size
+    if (
+        x.dim() != 4
+        or conv.weight.shape != (conv.out_channels, x.shape[1], kernel_h, kernel_w)
+        or kernel_h % 2 == 0
+        or kernel_w % 2 == 0
+        or conv.stride not in ((1, 1), (2, 2))
+        or (conv.padding, conv.dilation) != ((kernel_h // 2, kernel_w // 2), (1, 1))
+        or (conv.groups, conv.padding_mode) != (1, "zeros")
+        or (pool.kernel_size, pool.stride, pool.padding, pool.dilation) != (3, 2, 1, 1)
+        or pool.ceil_mode
+        or pool.return_indices
+    ):
+        return False
+    size = x.shape[0] * _bytes(x, conv.weight, conv.stride[0], dtype)
+    blocked = BLOCKED_PAYS and dtype is torch.float32 and x.shape[1] <= _FEW_CHANNELS
+    least = 0 if blocked and not torch.is_grad_enabled() else _KEPT
+    if not torch.compiler.is_compiling():
+        return size > least
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    return bool(guard_or_true(size > least))  # the operator computes a small batch, too
+
+
+def _bytes(x: Tensor, weight: Tensor, stride: int, dtype: torch.dtype) -> int:
+    """Return the bytes of the convolution's result of one image."""
+    size = 4 if backends.emulated(dtype, x.device) else dtype.itemsize
+    return weight.shape[0] * _strided(x.shape[2], stride) * _strided(x.shape[3], stride) * size
+
+
+def _strided(side: int, stride: int) -> int:
+    return (side + stride - 1) // stride
+
+
+torch.library.define(
+    "fastinception::conv_pool_relu",
+    "(Tensor x, Tensor weight, Tensor bias, int stride, bool save) -> (Tensor out, Tensor indices)",
+    tags=_TAGS,
+)
+torch.library.define(
+    "fastinception::conv_pool_relu_backward",
+    "(Tensor grad_out, Tensor x, Tensor weight, Tensor out, Tensor indices, int stride, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+def _empty_outputs(x: Tensor, weight: Tensor, _: Tensor, stride: int, save: bool) -> tuple[Tensor, Tensor]:
+    """Allocate the operator's output, and int64 indices of the maxima in their planes, empty where nothing is saved."""
+    height, width = (_strided(_strided(side, stride), 2) for side in x.shape[2:])
+    shape, format = (x.shape[0], weight.shape[0], height, width), memory_format(x, weight)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format)
+    return out, torch.empty_like(out, dtype=torch.int64) if save else out.new_empty(0, dtype=torch.int64)
+
+
+def _padding(weight: Tensor) -> list[int]:
+    return [int(side) // 2 for side in weight.shape[2:]]
+
+
+@torch.library.impl("fastinception::conv_pool_relu", "default")
+def _conv_pool_relu(x: Tensor, weight: Tensor, bias: Tensor, stride: int, save: bool) -> tuple[Tensor, Tensor]:
+    out, indices = _empty_outputs(x, weight, bias, stride, save)
+    images = _images(x, weight, stride)
+    with torch.autocast("cpu", enabled=False):  # it would narrow the operands
+        if not save and _is_blocked(x, weight, bias):
+            operands = weight.to_mkldnn(), bias.to_mkldnn()
+            for part, y in zip(x.split(images), out.split(images), strict=True):
+                conv = torch.mkldnn_convolution(
+                    part.to_mkldnn(), *operands, _padding(weight), [stride, stride], [1, 1], 1
+                )
+                pooled = torch.ops.aten.mkldnn_max_pool2d(conv, *_POOL)
+                torch.clamp_min(pooled.to_dense(), 0, out=y)
+            return out, indices
+        for i, (part, y) in enumerate(zip(x.split(images), out.split(images), strict=True)):
+            conv = F.conv2d(part, weight, bias, stride, _padding(weight))
+            if save:
+                places = indices[i * images : i * images + len(part)]
+                torch.ops.aten.max_pool2d_with_indices.out(conv, *_POOL, out=y, indices=places)
+                y.clamp_min_(0)
+            else:
+                torch.clamp_min(torch.max_pool2d(conv, *_POOL), 0, out=y)
+    return out, indices
+
+
+def _images(x: Tensor, weight: Tensor, stride: int) -> int:
+    """Return how many images are a part."""
+    return max(1, _PART // max(1, _bytes(x, weight, stride, x.dtype)))
+
+
+def _is_blocked(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Tell whether oneDNN's blocked layout serves: its pool loses NaN, so nothing may become one."""
+    if not (BLOCKED_PAYS and torch.backends.mkldnn.enabled and x.dtype is torch.float32 and x.numel() > 0):
+        return False
+    if x.shape[1] > _FEW_CHANNELS or weight.shape[0] % 8:
+        return False
+    largest = torch.stack([*torch.aminmax(x)]).abs().max()
+    return bool(largest * weight.abs().sum((1, 2, 3)).max() + bias.abs().max() < _FINITE)  # not where it is NaN
+
+
+def _inputs(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the gradients of x, weight and bias are shaped as."""
+    return x, weight, weight.new_empty(weight.shape[:1])
+
+
+@torch.library.impl("fastinception::conv_pool_relu_backward", "default")
+def _conv_pool_relu_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, out: Tensor, indices: Tensor, stride: int, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    images, sums = _images(x, weight, stride), torch.promote_types(x.dtype, torch.float32)
+    grad_x = torch.empty_like(x) if needs[0] else None
+    grad_weight, grad_bias = (weight.new_zeros(shape, dtype=sums) for shape in (weight.shape, weight.shape[:1]))
+    with torch.autocast("cpu", enabled=False):
+        for start in range(0, len(x), images):
+            part, grad, y, places = (t[start : start + images] for t in (x, grad_out, out, indices))
+            grad = torch.ops.aten.threshold_backward(grad, y, 0)
+            if needs[2]:  # every number of grad has one place in the convolution's gradient
+                grad_bias += grad.sum((0, 2, 3), dtype=sums)
+            if needs[0] or needs[1]:
+                grad = _unpool(grad, part, places, stride)
+                found = conv_backward(grad, part, weight, (needs[0], needs[1], False), stride=stride)
+                if grad_x is not None:
+                    grad_x[start : start + images] = cast(Tensor, found[0])
+                if needs[1]:
+                    grad_weight += cast(Tensor, found[1])
+    grads = [
+        grad.to(x.dtype) if grad is not None and need else None
+        for grad, need in zip((grad_x, grad_weight, grad_bias), needs, strict=True)
+    ]
+    return ops.without_none(ops.finish(grads, _inputs(x, weight)), like=x)
+
+
+def _unpool(grad: Tensor, x: Tensor, indices: Tensor, stride: int) -> Tensor:
+    """Return the gradient of the convolution of ``x``, given that of its maxima and where these were."""
+    height, width = (_strided(side, stride) for side in x.shape[2:])
+    shape, format = (*grad.shape[:2], height, width), ops.memory_format(indices)
+    conv = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=format)  # asked for its shape only
+    return cast(
+        Tensor,
+        torch.ops.aten.max_pool2d_with_indices_backward(grad, conv, *_POOL, [1, 1], False, indices),
+    )
+
+
+def _differentiable(tensors: Sequence[Tensor], needs: Sequence[bool], stride: int) -> tuple[Tensor | None, ...]:
+    """Return what the backward does, of its first five arguments, by operators that have a derivative."""
+    grad_out, x, weight, out, indices = tensors
+    grad = torch.ops.aten.threshold_backward(grad_out, out, 0)
+    return library(_unpool(grad, x, indices, stride), x, weight, needs, stride)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, ctx.stride, ctx.saves = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, *output)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 5
+    if not ctx.saves:
+        raise RuntimeError("fastinception::conv_pool_relu kept nothing for its backward: save must be True")
+    needs = ops.needed(ctx, 3)
+    if forward_ad._current_level >= 0:  # a tangent of grad_out passes through plain operators only
+        return *_differentiable((grad_out, *ctx.saved_tensors), needs, ctx.stride), None, None
+    grads = torch.ops.fastinception.conv_pool_relu_backward(grad_out, *ctx.saved_tensors, ctx.stride, needs)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.stride, ctx.needs = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    return ops.differentiate_twice(ctx, grads, lambda *args: _differentiable(args[:-1], args[-1], ctx.stride))
+
+
+torch.library.register_fake("fastinception::conv_pool_relu", _empty_outputs)
+torch.library.register_fake(
+    "fastinception::conv_pool_relu_backward",
+    lambda grad_out, x, weight, out, indices, stride, needs: ops.empty_gradients(_inputs(x, weight), needs),
+)
+torch.library.register_autograd("fastinception::conv_pool_relu", _differentiate, setup_context=_setup)
+torch.library.register_autograd(
+    "fastinception::conv_pool_relu_backward", _differentiate_backward, setup_context=_setup_backward
+)

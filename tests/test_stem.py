@@ -1,0 +1,508 @@
+"""The stem's stages, which pass a pool in parts of the batch on a CPU, against their layers one after another."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastinception import Conv2d, FastInception, GoogLeNet, MaxPool2d, backends, conv_backward, stem
+from fastinception.stem import Stage
+
+CL = torch.channels_last
+FORMATS = torch.contiguous_format, CL
+BATCH, IMAGES = 13, 4  # of which one part is
+
+
+@pytest.fixture(autouse=True)
+def in_parts(monkeypatch):
+    """Take every batch of :func:`stage` in parts of 4 images, whatever these cores and this malloc do best."""
+    torch.compiler.reset()
+    monkeypatch.setattr(stem, "_KEPT", 0)
+    monkeypatch.setattr(stem, "BLOCKED_PAYS", False)
+
+
+def integers(*shape: int, high: int = 4) -> Tensor:
+    """Return small integers: every sum of their products is exact in float32."""
+    return torch.randint(-high, high + 1, shape).float()
+
+
+def stage(which: int, monkeypatch, channels: int = 3, height: int = 25, width: int = 22) -> tuple[Stage, Tensor]:
+    """Return the first or the second stage, of small integers, and images of it."""
+    torch.manual_seed(0)
+    own = GoogLeNet(block=FastInception, in_channels=channels)[which]
+    with torch.no_grad():
+        for p in own.parameters():
+            p.copy_(integers(*p.shape, high=1))
+    x = integers(BATCH, (channels, 64)[which], height, width)
+    last = own[-3]
+    pixels = -(-height // last.stride[0]) * -(-width // last.stride[0])
+    monkeypatch.setattr(stem, "_PART", IMAGES * last.out_channels * pixels * 4)
+    return own, x
+
+
+def layers(own: Stage) -> nn.Sequential:
+    return nn.Sequential(*own)
+
+
+def operators(run) -> set[str]:
+    """Return the names of the stem's operators that run."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    return {event.name for event in profile.events() if event.name.startswith("fastinception::conv_pool_relu")}
+
+
+def results(run, x: Tensor, params) -> list[Tensor]:
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = run(x)
+    torch.manual_seed(1)
+    grad = torch.randint_like(y, -3, 4)
+    return [y, *torch.autograd.grad(y, [x, *params], grad)]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("which", [0, 1])
+def test_inference_is_that_of_the_layers(which, format, blocked, mode, monkeypatch):
+    monkeypatch.setattr(stem, "BLOCKED_PAYS", blocked)
+    for channels, height, width in ((1, 25, 22), (3, 8, 9), (4, 1, 2), (5, 12, 12)):
+        own, x = stage(which, monkeypatch, channels, height, width)
+        own, x = own.to(memory_format=format), x.contiguous(memory_format=format)
+        with mode():
+            assert operators(lambda own=own, x=x: own(x)) == {"fastinception::conv_pool_relu"}
+            found, expected = own(x), layers(own)(x)
+        assert torch.equal(found, expected)
+        assert found[0, 0].numel() == 1 or found.stride() == expected.stride()  # one pixel has any
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("which", [0, 1])
+def test_training_is_that_of_the_layers(which, format, compiled, monkeypatch):
+    own, x = stage(which, monkeypatch)
+    own, x = own.to(memory_format=format), x.contiguous(memory_format=format)
+    run = torch.compile(own, fullgraph=True, backend="aot_eager") if compiled else own
+    params = list(own.parameters())
+    found, expected = results(run, x, params), results(layers(own), x, params)
+    assert len(operators(lambda: results(run, x, params))) == 2
+    assert all(map(torch.equal, found, expected))
+    assert found[0].stride() == expected[0].stride()
+    assert [t.stride() for t in found[1:]] == [t.stride() for t in (x, *params)]
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_other_kernels_and_strides(kernel, stride, monkeypatch):
+    """Those whose gradients are products of matrices where the stride is 1."""
+    monkeypatch.setattr(conv_backward, "COLUMNS_PAY", True)
+    own = Stage(Conv2d(16, 17, kernel, stride, kernel // 2), MaxPool2d(3, 2, 1), nn.ReLU()).to(memory_format=CL)
+    with torch.no_grad():
+        for p in own.parameters():
+            p.copy_(integers(*p.shape))
+    x, params = integers(16, 16, 9, 8).contiguous(memory_format=CL), list(own.parameters())
+    assert operators(lambda: own(x))
+    assert all(map(torch.equal, results(own, x, params), results(layers(own), x, params)))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_part_is_as_large_as_it_may_be(trained, dtype, monkeypatch):
+    monkeypatch.setattr(backends, "_EMULATED", frozenset())
+    own, x = stage(0, monkeypatch)
+    own, x = own.to(dtype), x.to(dtype).requires_grad_(trained)
+    seen: list[int] = []
+    convolve = torch.nn.functional.conv2d
+
+    def watch(part, *args):
+        seen.append(len(part))
+        return convolve(part, *args)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", watch)
+    with torch.set_grad_enabled(trained):
+        own(x)
+    images = IMAGES * 4 // dtype.itemsize
+    assert seen == [images] * (BATCH // images) + [BATCH % images]
+
+
+@pytest.mark.parametrize("side", [28, 33, 96, 224, 299])
+def test_malloc_reuses_each_parts_result(side):
+    x, weight = torch.empty((), dtype=torch.float32).expand(1, 1, side, side), torch.empty(64, 1, 7, 7)
+    size = 64 * ((side + 1) // 2) ** 2 * 4
+    assert stem._bytes(x, weight, 2, x.dtype) == size
+    assert size * stem._images(x, weight, 2) < 2**25 - 2**14
+    assert stem._images(x, weight, 2) == 1 or size * stem._images(x, weight, 2) <= stem._PART
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_only_what_is_needed_is_computed(needs, monkeypatch):
+    own, x = stage(0, monkeypatch)
+    for t, need in zip((x, own[0].weight, own[0].bias), needs, strict=True):
+        t.requires_grad_(need)
+    y = own(x)
+    assert y.requires_grad == any(needs)
+    if any(needs):
+        y.sum().backward()
+    assert [t.grad is not None for t in (x, own[0].weight, own[0].bias)] == list(needs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_error_is_within_twice_the_layers(which, dtype, monkeypatch):
+    """In the library's worse layout, against float64; also in what a CPU emulates, where the parts are of float32."""
+    own, x = stage(which, monkeypatch)
+    torch.manual_seed(2)
+    nn.init.xavier_uniform_(own[-3].weight)
+    own, x = own.to(dtype), torch.randn_like(x).to(dtype)
+
+    def all_results(run, x: Tensor, params, to) -> list[Tensor]:
+        x = x.detach().to(to).requires_grad_()
+        y = run(x)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(dtype).to(to)
+        return [t.double() for t in (y, *torch.autograd.grad(y, [x, *params], grad))]
+
+    wide = layers(GoogLeNet(block=FastInception, in_channels=3)[which]).double()
+    wide.load_state_dict(own.state_dict())
+    exact = all_results(wide, x, list(wide.parameters()), torch.float64)
+
+    def errors(run) -> list[float]:
+        found = all_results(run, x, list(own.parameters()), dtype)
+        return [(a - b).abs().max().item() for a, b in zip(found, exact, strict=True)]
+
+    ours = errors(own)
+    plain = nn.Sequential(*(nn.Conv2d(1, 1, 1) if isinstance(layer, Conv2d) else layer for layer in own))
+    for mine, theirs in zip(own, plain, strict=True):
+        if isinstance(mine, Conv2d):
+            theirs.__dict__ |= mine.__dict__
+    theirs = [max(pair) for pair in zip(*(errors(plain.to(memory_format=f)) for f in FORMATS), strict=True)]
+    assert all(a <= 2 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+def test_many_parts_gradients_are_rounded_once(monkeypatch):
+    """In a half precision, which this CPU may emulate outside of the operator: 64 parts against one."""
+    torch.manual_seed(0)
+    x, weight, bias = (t.bfloat16() for t in (torch.randn(64, 3, 9, 9), torch.randn(8, 3, 3, 3), torch.randn(8)))
+    out, indices = torch.ops.fastinception.conv_pool_relu(x, weight, bias, 1, True)
+    operands = torch.randn_like(out), x, weight, out, indices
+    backward, needs = torch.ops.fastinception.conv_pool_relu_backward, [False, True, True]
+    exact = backward(*(t.double() if t.is_floating_point() else t for t in operands), 1, needs)
+    errors = []
+    for size in (2**30, 1):
+        monkeypatch.setattr(stem, "_PART", size)
+        found = backward(*operands, 1, needs)
+        errors.append([(a - b).norm() for a, b in zip(found[1:], exact[1:], strict=True)])
+    assert all(many <= 2 * one for one, many in zip(*errors, strict=True))
+
+
+def test_a_gradient_under_autocast_is_not_rounded(monkeypatch):
+    """Whose products, if autocast saw them, would be of bfloat16."""
+    monkeypatch.setattr(stem, "_PART", 1)
+    x, weight, bias = torch.randn(4, 5, 8, 8), torch.randn(6, 5, 1, 1), torch.randn(6)
+    out, indices = torch.ops.fastinception.conv_pool_relu(x, weight, bias, 1, True)
+    operands = torch.randn_like(out), x, weight, out, indices, 1, [True] * 3
+    expected = torch.ops.fastinception.conv_pool_relu_backward(*operands)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, torch.ops.fastinception.conv_pool_relu_backward(*operands), expected))
+
+
+@pytest.mark.parametrize("where", ["x", "weight", "bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_nan_and_infinities_are_where_the_layers_put_them(where, value, monkeypatch):
+    """Also from sums that overflow; oneDNN's blocked pool would lose the NaN."""
+    monkeypatch.setattr(stem, "BLOCKED_PAYS", True)
+    own, x = stage(0, monkeypatch)
+    with torch.no_grad():
+        {"x": x, "weight": own[0].weight, "bias": own[0].bias}[where].view(-1)[7] = value
+        torch.testing.assert_close(own(x), layers(own)(x), rtol=0, atol=0, equal_nan=True)
+        if value != 3e38:
+            assert not own(x).isfinite().all() or value < 0
+        parts = list(own(x).split(IMAGES))
+    assert len(parts) == 4
+
+
+def test_images_of_few_channels_are_convolved_blocked_in_inference(monkeypatch):
+    """At any size, in float32 and where oneDNN may be used; without that it takes a large batch as elsewhere."""
+    own, x = stage(0, monkeypatch)
+    wide, y = stage(0, monkeypatch, channels=5)
+    monkeypatch.setattr(stem, "_KEPT", 2**40)
+    blocked: list[int] = []
+    convolve = torch.mkldnn_convolution
+    monkeypatch.setattr(
+        torch, "mkldnn_convolution", lambda part, *args: blocked.append(len(part)) or convolve(part, *args)
+    )
+    with torch.no_grad():
+        own(x)
+        assert not blocked
+        monkeypatch.setattr(stem, "BLOCKED_PAYS", True)
+        own(x)
+        assert blocked == [4, 4, 4, 1]
+        assert not operators(lambda: wide(y))
+        assert not operators(lambda: own.double()(x.double()))
+        own.float()
+        with torch.backends.mkldnn.flags(enabled=False):
+            own(x)
+        monkeypatch.setattr(stem, "_KEPT", 0)
+        assert operators(lambda: wide(y))
+    results(own, x, [own[0].weight])
+    assert len(blocked) == 4
+
+
+def test_the_convolution_is_not_kept_for_the_backward(monkeypatch):
+    own, x = stage(0, monkeypatch)
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = own(x)
+    assert sum(kept.values()) == x.nbytes + own[0].weight.nbytes + y.nbytes + 8 * y.numel()
+
+
+def test_a_changed_result_is_an_error(monkeypatch):
+    own, x = stage(0, monkeypatch)
+    for run in (own, layers(own)):
+        y = run(x)
+        y.detach().add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+class Passing(TorchDispatchMode):
+    """Sees each operator and does nothing about it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_transforms(which, monkeypatch):
+    """Each by the operator or around it: second derivatives, forward mode, functorch."""
+    own, x = stage(which, monkeypatch, height=9, width=6)
+    own, x = own.double(), torch.randn_like(x).double().requires_grad_()
+    wanted = [x, *own.parameters()]
+
+    def second(run) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(run(x).square().sum(), wanted, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+
+    def watched(run) -> tuple[Tensor, ...]:
+        with Passing():
+            return second(run)
+
+    def forward(run) -> tuple[Tensor, ...]:
+        with torch.autograd.forward_ad.dual_level():
+            return torch.autograd.forward_ad.unpack_dual(run(torch.autograd.forward_ad.make_dual(x, x)))
+
+    def forward_over_backward(run) -> tuple[Tensor, ...]:
+        y = run(x)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y))
+            (grad,) = torch.autograd.grad(y, x, dual)
+            return torch.autograd.forward_ad.unpack_dual(grad)
+
+    def jacobian(run) -> Tensor:
+        return torch.func.vmap(torch.func.grad(lambda x: run(x).square().sum()))(x[:, None])
+
+    assert len(operators(lambda: second(own))) == 2
+    for transform in (second, watched, forward, forward_over_backward, jacobian):
+        for found, expected in zip(transform(own), transform(layers(own)), strict=True):
+            assert expected is not None
+            torch.testing.assert_close(found, expected)
+
+
+def test_derivatives_are_those_of_finite_differences(monkeypatch):
+    monkeypatch.setattr(stem, "_PART", 1)
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 3, 3), torch.randn(2)
+    operands = [t.double().requires_grad_() for t in (x, weight, bias)]
+    operator = torch.ops.fastinception.conv_pool_relu
+    for stride in (1, 2):
+        assert torch.autograd.gradcheck(lambda *t, s=stride: operator(*t, s, True)[0], operands)
+        assert torch.autograd.gradgradcheck(lambda *t, s=stride: operator(*t, s, True)[0], operands)
+
+
+@pytest.mark.parametrize("formats", list(itertools.product(FORMATS, repeat=2)), ids=str)
+def test_opcheck(formats, monkeypatch):
+    own, x = stage(0, monkeypatch)
+    x, weight = x.contiguous(memory_format=formats[0]), own[0].weight.detach().contiguous(memory_format=formats[1])
+    bias = own[0].bias.detach()
+    forward, backward = torch.ops.fastinception.conv_pool_relu, torch.ops.fastinception.conv_pool_relu_backward
+    out, indices = forward(x, weight, bias, 2, True)
+    torch.library.opcheck(forward, (x, weight, bias, 2, False))
+    monkeypatch.setattr(stem, "BLOCKED_PAYS", True)
+    torch.library.opcheck(forward, (x, weight, bias, 2, False))
+    torch.library.opcheck(forward, (*(t.clone().requires_grad_() for t in (x, weight, bias)), 2, True))
+    grad = torch.randn_like(out)
+    for needs in itertools.product([False, True], repeat=3):
+        torch.library.opcheck(backward, (grad, x, weight, out, indices, 2, list(needs)))
+    # Dynamic shapes are left out: torch 2.11's own second derivative of a convolution does not take them.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    leaves = [t.clone().requires_grad_() for t in (grad, x, weight)]
+    torch.library.opcheck(backward, (*leaves, out, indices, 2, [True] * 3), test_utils=checks)
+
+
+def test_a_forward_that_kept_nothing_has_no_backward(monkeypatch):
+    own, x = stage(0, monkeypatch)
+    y, _ = torch.ops.fastinception.conv_pool_relu(x, own[0].weight, own[0].bias, 2, False)
+    with pytest.raises(RuntimeError, match="save must be True"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_graph_for_large_batches_and_one_for_small(grad, monkeypatch):
+    own, x = stage(0, monkeypatch)
+    monkeypatch.setattr(stem, "_KEPT", stem._PART)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(own, fullgraph=True, backend=counter, dynamic=True)
+    with torch.set_grad_enabled(grad):
+        for batch, graphs in {5: 1, 9: 1, 100: 1, 4: 2, 2: 2, 3: 2, 11: 2}.items():
+            images = integers(batch, *x.shape[1:])
+            assert torch.equal(compiled(images), layers(own)(images))
+            assert counter.frame_count == graphs
+
+
+def test_a_batch_that_depends_on_data_is_taken_in_parts(monkeypatch):
+    own, x = stage(0, monkeypatch)
+    compiled = torch.compile(own, fullgraph=True, backend="eager")
+    torch._dynamo.decorators.mark_unbacked(x, 0)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layers(own)(x))
+        assert operators(lambda: compiled(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("program", ["traced", "exported", "fx"])
+def test_a_program_that_is_kept_takes_any_batch(program, monkeypatch):
+    own, x = stage(0, monkeypatch)
+    with torch.no_grad():
+        if program == "traced":
+            kept = torch.jit.trace(own, x)
+        elif program == "exported":
+            kept = torch.export.export(own, (x,), dynamic_shapes={"input": {0: torch.export.Dim.AUTO}}).module()
+            assert not operators(lambda: kept(x))
+        else:
+            kept = make_fx(own)(x)
+        for batch in (2, 7, BATCH):
+            assert torch.equal(kept(x[:batch]), own(x[:batch]))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("emulated", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast(compiled, emulated, trained, monkeypatch):
+    """Casts as the layers' convolution does, in a compiled graph as well, and widens what is emulated."""
+    monkeypatch.setattr(backends, "_EMULATED", frozenset({torch.bfloat16} if emulated else ()))
+    own, x = stage(0, monkeypatch)
+    run = torch.compile(own, fullgraph=True, backend="aot_eager") if compiled else own
+    params = list(own.parameters())
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(trained):
+        assert operators(lambda: run(x))
+        if trained:
+            found, expected = results(run, x, params), results(layers(own), x, params)
+        else:
+            found, expected = [run(x)], [layers(own)(x)]
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    assert found[0].dtype is torch.bfloat16
+    for own_result, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(own_result, theirs, rtol=2e-2, atol=0)
+
+
+def test_everything_else_is_its_layers(monkeypatch):
+    own, x = stage(0, monkeypatch)
+    assert operators(lambda: own(x))
+
+    def under(context) -> None:
+        with context:
+            own(x)
+
+    def with_layer(place: int, layer: nn.Module) -> Stage:
+        changed = Stage(*own)
+        changed[place] = layer
+        return changed
+
+    assert not operators(lambda: under(FlopCounterMode(display=False)))
+    assert not operators(lambda: own(x[0]))
+    narrow = x[0, :, :3]  # three lines, as if they were channels
+    assert torch.equal(own(narrow), layers(own)(narrow))
+    with monkeypatch.context() as patch:
+        patch.setattr(stem, "BLOCKED_PAYS", True)
+        patch.setattr(stem, "_KEPT", 2**40)
+        assert not operators(lambda: own(x))  # with a gradient
+    assert not operators(lambda: own(TwoTensor(x, x)))
+    assert not operators(lambda: own.to("meta")(x.to("meta")))
+    own, x = stage(0, monkeypatch)
+    for options in (
+        {"padding": 2}, {"dilation": 2}, {"padding_mode": "reflect"}, {"bias": False}, {"kernel_size": (7, 6)},
+        {"kernel_size": (6, 7)}, {"stride": 3}, {"stride": (1, 2)}, {"stride": 1, "padding": "same"}, {"groups": 3},
+    ):  # fmt: skip
+        options = {"kernel_size": 7, "padding": 3, **options}
+        changed = with_layer(0, Conv2d(3, 6, **options))
+        assert not operators(lambda changed=changed: changed(x)), options
+        assert torch.equal(changed(x), layers(changed)(x))
+    for options in ({"kernel_size": 2}, {"stride": 1}, {"padding": 0}, {"ceil_mode": True}, {"dilation": 2}):
+        options = {"kernel_size": 3, "stride": 2, "padding": 1, **options}
+        changed = with_layer(1, MaxPool2d(**options))
+        assert not operators(lambda changed=changed: changed(x)), options
+        assert torch.equal(changed(x), layers(changed)(x))
+    for place, layer in ((0, nn.Conv2d(3, 64, 7, 2, 3)), (1, nn.MaxPool2d(3, 2, 1)), (2, nn.ReLU6())):
+        changed = with_layer(place, layer)
+        assert not operators(lambda changed=changed: changed(x))
+    for start, stop in ((0, 0), (0, 1), (0, 2), (1, 3)):
+        part = own[start:stop]
+        y = integers(2, 3, 20, 20)
+        assert torch.equal(part(y), layers(part)(y))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_hooks_see_the_whole_batch(place, monkeypatch):
+    own, x = stage(0, monkeypatch)
+    seen: list[int] = []
+    hook = own[place].register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    own(x)
+    hook.remove()
+    forward = own[place].forward
+    own[place].forward = lambda y: seen.append(len(y)) or forward(y)
+    own(x)
+    del own[place].forward
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: seen.append(len(out)) if module is own[place] else None
+    )
+    try:
+        own(x)
+    finally:
+        hook.remove()
+    own(x)
+    assert seen == [BATCH] * 3
+
+
+def test_layers_in_front_are_called_and_their_hooks_run(monkeypatch):
+    own, x = stage(1, monkeypatch)
+    seen: list[int] = []
+    own[0].register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    assert operators(lambda: own(x))
+    assert seen == [BATCH]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 40), (2, 3, 48, 0), (2, 4, 48, 48)])
+def test_wrong_images_are_the_convolutions_error(shape, monkeypatch):
+    own, _ = stage(0, monkeypatch)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError) as expected:
+            layers(own)(torch.empty(shape))
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError) as found:
+            own(torch.empty(shape))
+        assert str(found.value) == str(expected.value)
+
+
+def test_an_empty_batch_stays_empty(monkeypatch):
+    own, x = stage(0, monkeypatch)
+    assert own(x[:0]).shape == (0, 64, 7, 6)
