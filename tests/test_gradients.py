@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fastinception import FastInception, Inception
+from fastinception import Conv2d, FastInception, Inception, MaxPool2d, conv_backward, ops, stem
 
 SMALL = (5, 4, (3, 6), (2, 3), 7)
 CONVS = ("p1_1", "p2_1", "p2_2", "p3_1", "p3_2", "p4_2")
 BACKENDS = ("aten", "triton")
+
+
+class Passing(TorchDispatchMode):
+    """Lets each operator through, so that the block is one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
 
 
 def pair(backend="aten", dtype=torch.float32, seed=0):
@@ -69,6 +79,56 @@ def test_frozen_parameters(backend, trained, need_x):
         assert (ours[name] is None) == (expected is None), name
         if expected is not None:
             torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operator", [False, True])
+@pytest.mark.parametrize("asked", ["x", "hidden", "p2_1.weight", "p4_2.bias"])
+def test_only_what_a_backward_leads_to_is_computed(backend, operator, asked, monkeypatch):
+    """As torch.autograd.grad(y, x) of a network in training: no weight's gradient, though all require one."""
+    plain, fast, x = pair(backend)
+    grad_out, needs = torch.randn(2, 20, 6, 5), []
+
+    def watch(function):
+        return lambda *args: needs.append(args[-1]) or function(*args)
+
+    name = f"{backend}_gradients"
+    monkeypatch.setattr(ops, name, watch(getattr(ops, name)))
+    results = []
+    for block in (plain, fast):
+        start = x.clone().requires_grad_()
+        hidden = start * 2
+        with Passing() if operator else nullcontext():
+            y = block(hidden)
+        wanted = {"x": start, "hidden": hidden, **dict(block.named_parameters())}[asked]
+        results.append(torch.autograd.grad(y, wanted, grad_out))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    names = ["x", *(name for name, _ in fast.named_parameters())]
+    assert [name for name, need in zip(names, needs[0], strict=True) if need] == ["x" if asked == "hidden" else asked]
+
+
+def test_only_what_a_backward_leads_to_is_computed_around_the_blocks(monkeypatch):
+    monkeypatch.setattr(conv_backward, "COLUMNS_PAY", True)
+    monkeypatch.setattr(stem, "_KEPT", 0)
+    seen = []
+
+    def watch(module):
+        function = module.conv_backward
+        watching = lambda *args, **kwargs: seen.append(args[3][:2]) or function(*args, **kwargs)  # noqa: E731
+        monkeypatch.setattr(module, "conv_backward", watching)
+
+    watch(conv_backward)
+    watch(stem)
+    x = torch.randn(16, 16, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
+    convolution = Conv2d(16, 16, 3, padding=1)
+    stage = stem.Stage(convolution, MaxPool2d(3, 2, 1), nn.ReLU())
+    for run in (convolution, stage):
+        torch.autograd.grad(run(x).sum(), x)
+        torch.autograd.grad(run(x).sum(), convolution.weight)
+        run(x).sum().backward(inputs=[convolution.bias])
+        run(x).sum().backward()
+    only_bias = [(False, False)]
+    assert seen == [(True, False), (False, True), *only_bias, (True, True), (True, False), (False, True), (True, True)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
