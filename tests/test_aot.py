@@ -230,9 +230,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory, without_interpreter) -> l
     without_interpreter(f"from bench import aot_report\nfor argv in {together}: assert aot_report.main(argv) == 0")
     # And as a user runs it, in processes of its own.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), *commands[-1], "--jobs", "2"]
+    command = [sys.executable, str(SCRIPT), *commands[-1], "--jobs", "2"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "FP_FUSION" not in done.stderr  # Triton 3.9 warns of a new default where a launch says nothing
     return [row for path in paths for row in json.loads(path.read_text())["rows"]]
 
 

@@ -477,7 +477,7 @@ def test_a_replay_launches_on_the_operands_and_on_memory_of_its_own():
     assert one is other_a
     assert two is other_b
     assert three is result
-    assert (none, last, sizes, kernel.constants) == (None, None, [1, 2], {"BLOCK": 4})
+    assert (none, last, sizes, kernel.constants) == (None, None, [1, 2], {"BLOCK": 4, "enable_fp_fusion": True})
     assert (result.shape, result.stride(), result.dtype) == (out.shape, out.stride(), out.dtype)
     assert (four.shape, four.dtype) == (scratch.shape, scratch.dtype)
     assert len({t.data_ptr() for t in (out, scratch, result, four)}) == 4
