@@ -80,7 +80,7 @@ torch.library.define(
 
 
 def _same(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=[int(side) // 2 for side in weight.shape[2:]])
+    return F.conv2d(x, weight, bias, padding=conv_backward.padding(weight))
 
 
 def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
@@ -98,22 +98,17 @@ torch.library.register_fake(
 )
 
 
-def _inputs(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the gradients of x, weight and bias are shaped as."""
-    return x, weight, weight.new_empty(weight.shape[:1])
-
-
 @torch.library.impl("fastinception::conv2d_backward", "default")
 def _conv2d_backward(grad_out: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
     rows, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad_out))
     with torch.autocast(x.device.type, enabled=False):  # it would narrow the products' operands
         found = conv_backward.conv_backward(grad, rows, weight, (needs[0], needs[1], needs[2]))
-    return ops.without_none(ops.finish(found, _inputs(x, weight)), like=x)
+    return ops.without_none(ops.finish(found, conv_backward.inputs(x, weight)), like=x)
 
 
 torch.library.register_fake(
     "fastinception::conv2d_backward",
-    lambda grad_out, x, weight, needs: ops.empty_gradients(_inputs(x, weight), needs),
+    lambda grad_out, x, weight, needs: ops.empty_gradients(conv_backward.inputs(x, weight), needs),
 )
 
 

@@ -19,6 +19,10 @@ _CHAIN = 2048  # pixels that a float32 product may sum one after another
 COLUMNS_PAY = torch.backends.cpu.get_cpu_capability() == "AVX2"
 _COLUMNS_CHAIN = 512  # pixels of a product of columns: these stay in the cache, 3.5 MB for 192 channels
 _LEAST_PIXELS = 512  # at 144 the library took 0.7 to 1.1 times as long, at 576 1.2 to 1.7 times
+# Pixels from which a product computes a 1x1 weight's gradient. With AVX2 its error is 0.4 to 1.3 times that of oneDNN's
+# convolution at 576 and 1152 pixels, in 0.3 to 0.9 of its time, and 1.7 times at 144; with AVX-512 it was 2 to 5 times
+# below one chain.
+_LEAST_CHAIN = 512 if COLUMNS_PAY else _CHAIN
 _LEAST_CHANNELS = 16  # below, MKL sums all pixels in one chain: with 4 of 3, 5 times the library's error
 
 
@@ -35,7 +39,7 @@ def conv_backward(
     Args:
         grad: gradient of the result of ``conv2d(x, weight, bias, stride, padding=[kernel height // 2, kernel width //
             2])``, ``[N, O, ceil(H / stride), ceil(W / stride)]``.
-        x: ``[N, C, H, W]``, in channels_last as ``grad`` is.
+        x: ``[N, C, H, W]``; fastest in channels_last, as ``grad`` is.
         weight: ``[O, C, kernel height, kernel width]``, both odd.
         needs: which of the three are wanted; the others are None.
         into: a gradient of x from elsewhere, to which x's is added, and which is returned in its place.
@@ -55,14 +59,22 @@ def conv_backward(
     return grad_x if into is None or grad_x is None else into.add_(grad_x), grad_weight, grad_bias
 
 
+def padding(weight: Tensor) -> list[int]:
+    """Return the padding that keeps the image's size at stride 1."""
+    return [int(side) // 2 for side in weight.shape[2:]]
+
+
+def inputs(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the gradients of x, weight and bias are shaped as."""
+    return x, weight, weight.new_empty(weight.shape[:1])
+
+
 def library(grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool], stride: int = 1) -> Gradients:
     """Return what :func:`conv_backward` does, by PyTorch's operator, which has a derivative."""
     if not any(needs):
         return None, None, None
-    kernel_h, kernel_w = weight.shape[2:]
-    padding = [int(kernel_h) // 2, int(kernel_w) // 2]
     found = torch.ops.aten.convolution_backward(
-        grad, x, weight, [weight.shape[0]], [stride, stride], padding, [1, 1], False, [0, 0], 1, needs
+        grad, x, weight, [weight.shape[0]], [stride, stride], padding(weight), [1, 1], False, [0, 0], 1, needs
     )
     grad_x, grad_weight, grad_bias = (one if need else None for one, need in zip(found, needs, strict=True))
     return grad_x, grad_weight, grad_bias  # oneDNN gives the weight's with the bias's
@@ -96,7 +108,7 @@ def _pointwise_weight_gradient(matrix: Tensor, x: Tensor, weight: Tensor, grad: 
     if x.dtype is not torch.float32:
         return torch.mm(matrix.t(), rows).view(weight.shape)
     # In float32 a product sums all its pixels in one chain and rounds at each step.
-    if len(rows) < (_LEAST_PIXELS if COLUMNS_PAY else _CHAIN):  # its error is up to 2 (AVX-512: 5) times oneDNN's
+    if len(rows) < _LEAST_CHAIN:
         _, grad_weight, _ = library(grad, x, weight, (False, True, False))
         return cast(Tensor, grad_weight)
     parts, whole = len(rows) // _CHAIN, len(rows) // _CHAIN * _CHAIN

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from fastinception import backends, ops
 from fastinception.conv import Conv2d, memory_format
-from fastinception.conv_backward import conv_backward, library
+from fastinception.conv_backward import conv_backward, inputs, library, padding
 from fastinception.module import hooked_globally, wrapped
 from fastinception.pool import MaxPool2d
 
@@ -29,6 +29,8 @@ BLOCKED_PAYS = torch.backends.cpu.get_cpu_capability() == "AVX2" and torch.backe
 _FEW_CHANNELS = 4
 _FINITE = 1e38  # a bound of what the convolution computes: below, nothing becomes infinite or NaN
 
+# What another shape of .data, or of what a hook brings back, would make of the indices is a write to foreign memory.
+CHANGED = "x, the weight or what was saved has another shape in the backward than in the forward"
 _POOL = [3, 3], [2, 2], [1, 1]  # kernel size, stride, padding
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
@@ -48,66 +50,65 @@ class Stage(nn.Sequential):
         for layer in layers[:-3]:
             input = layer(input)
         conv, pool, relu = cast(tuple[Conv2d, MaxPool2d, nn.ReLU], layers[-3:])
-        if backends.symbolic(input) or not _takes_parts(input, conv, pool, relu):
-            return cast(Tensor, relu(pool(conv(input))))
-        dtype = _computed(input)
-        operands = [
-            t.to(torch.float32 if backends.emulated(dtype, t.device) else dtype) for t in _operands(input, conv)
-        ]
-        saves = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
-        y, _ = torch.ops.fastinception.conv_pool_relu(*operands, conv.stride[0], saves)
-        return cast(Tensor, y.to(dtype))
+        if not backends.symbolic(input) and _is_served(input, conv, pool, relu):
+            dtype, operands = _result_dtype(input), (input, conv.weight, cast(Tensor, conv.bias))
+            exact = torch.float32 if backends.emulated(dtype, input.device) else dtype
+            saves = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+            if _pays(input, conv.weight, conv.stride[0], exact, saves):
+                y, _ = torch.ops.fastinception.conv_pool_relu(*(t.to(exact) for t in operands), conv.stride[0], saves)
+                return cast(Tensor, y.to(dtype))
+        return cast(Tensor, relu(pool(conv(input))))
 
 
-def _operands(x: Tensor, conv: Conv2d) -> tuple[Tensor, Tensor, Tensor]:
-    return x, conv.weight, cast(Tensor, conv.bias)
-
-
-def _computed(x: Tensor) -> torch.dtype:
-    """Return the dtype of the convolution of ``x``."""
+def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def _takes_parts(x: Tensor, conv: Conv2d, pool: MaxPool2d, relu: nn.ReLU) -> bool:
-    """Tell whether the operator below computes what the three layers do, and faster."""
+def _is_served(x: Tensor, conv: Conv2d, pool: MaxPool2d, relu: nn.ReLU) -> bool:
+    """Tell whether the operator below computes what the three layers do."""
     if backends.special_state() is not None:  # first: a trace would keep, and compare, what is asked of shapes
         return False
     if any(map(wrapped, (conv, pool, relu))) or hooked_globally() or conv.bias is None:
         return False  # a hook may want the whole batch
-    operands = _operands(x, conv)
+    operands = x, conv.weight, conv.bias
     if not {*map(type, operands)} <= backends.PLAIN or any(t.device.type != "cpu" for t in operands):
         return False
-    dtype, casts = _computed(x), torch.is_autocast_enabled("cpu")
+    dtype, casts = _result_dtype(x), torch.is_autocast_enabled("cpu")
     if not dtype.is_floating_point or not all(t.dtype in (dtype, torch.float32 if casts else dtype) for t in operands):
         return False
     kernel_h, kernel_w = conv.kernel_size
-    if (
-        x.dim() != 4
-        or conv.weight.shape != (conv.out_channels, x.shape[1], kernel_h, kernel_w)
-        or kernel_h % 2 == 0
-        or kernel_w % 2 == 0
-        or conv.stride not in ((1, 1), (2, 2))
-        or (conv.padding, conv.dilation) != ((kernel_h // 2, kernel_w // 2), (1, 1))
-        or (conv.groups, conv.padding_mode) != (1, "zeros")
-        or (pool.kernel_size, pool.stride, pool.padding, pool.dilation) != (3, 2, 1, 1)
-        or pool.ceil_mode
-        or pool.return_indices
-    ):
-        return False
-    size = x.shape[0] * _bytes(x, conv.weight, conv.stride[0], dtype)
-    blocked = BLOCKED_PAYS and dtype is torch.float32 and x.shape[1] <= _FEW_CHANNELS
-    least = 0 if blocked and not torch.is_grad_enabled() else _KEPT
+    return (
+        x.dim() == 4
+        and conv.weight.shape == (conv.out_channels, x.shape[1], kernel_h, kernel_w)
+        and kernel_h % 2 == kernel_w % 2 == 1
+        and conv.stride in ((1, 1), (2, 2))
+        and (conv.padding, conv.dilation) == ((kernel_h // 2, kernel_w // 2), (1, 1))
+        and (conv.groups, conv.padding_mode) == (1, "zeros")
+        and (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (3, 2, 1, 1)
+        and not pool.ceil_mode
+        and not pool.return_indices
+    )
+
+
+def _pays(x: Tensor, weight: Tensor, stride: int, dtype: torch.dtype, saves: bool) -> bool:
+    """Tell whether the operator is faster: for a large batch, and of any size where the blocked layout serves."""
+    blocked = BLOCKED_PAYS and not saves and dtype is torch.float32 and x.shape[1] <= _FEW_CHANNELS
+    pays = x.shape[0] * _image_bytes(x, weight, stride, dtype) > (0 if blocked else _KEPT)
     if not torch.compiler.is_compiling():
-        return size > least
+        return pays
     from torch.fx.experimental.symbolic_shapes import guard_or_true
 
-    return bool(guard_or_true(size > least))  # the operator computes a small batch, too
+    return bool(guard_or_true(pays))  # a graph whose batch depends on data takes the operator, which serves any
 
 
-def _bytes(x: Tensor, weight: Tensor, stride: int, dtype: torch.dtype) -> int:
+def _image_bytes(x: Tensor, weight: Tensor, stride: int, dtype: torch.dtype) -> int:
     """Return the bytes of the convolution's result of one image."""
-    size = 4 if backends.emulated(dtype, x.device) else dtype.itemsize
-    return weight.shape[0] * _strided(x.shape[2], stride) * _strided(x.shape[3], stride) * size
+    height, width = _conv_size(x, stride)
+    return weight.shape[0] * height * width * dtype.itemsize
+
+
+def _conv_size(x: Tensor, stride: int) -> tuple[int, int]:
+    return _strided(x.shape[2], stride), _strided(x.shape[3], stride)
 
 
 def _strided(side: int, stride: int) -> int:
@@ -127,46 +128,48 @@ torch.library.define(
 )
 
 
+def _pooled_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int, int, int]:
+    height, width = _conv_size(x, stride)
+    return x.shape[0], weight.shape[0], _strided(height, 2), _strided(width, 2)
+
+
 def _empty_outputs(x: Tensor, weight: Tensor, _: Tensor, stride: int, save: bool) -> tuple[Tensor, Tensor]:
     """Allocate the operator's output, and int64 indices of the maxima in their planes, empty where nothing is saved."""
-    height, width = (_strided(_strided(side, stride), 2) for side in x.shape[2:])
-    shape, format = (x.shape[0], weight.shape[0], height, width), memory_format(x, weight)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format)
+    format = memory_format(x, weight)
+    out = torch.empty(_pooled_shape(x, weight, stride), dtype=x.dtype, device=x.device, memory_format=format)
     return out, torch.empty_like(out, dtype=torch.int64) if save else out.new_empty(0, dtype=torch.int64)
 
 
-def _padding(weight: Tensor) -> list[int]:
-    return [int(side) // 2 for side in weight.shape[2:]]
+def _parts(x: Tensor, weight: Tensor, stride: int) -> list[slice]:
+    """Return the images of each part."""
+    images = max(1, _PART // max(1, _image_bytes(x, weight, stride, x.dtype)))
+    return [slice(first, first + images) for first in range(0, len(x), images)]
 
 
 @torch.library.impl("fastinception::conv_pool_relu", "default")
 def _conv_pool_relu(x: Tensor, weight: Tensor, bias: Tensor, stride: int, save: bool) -> tuple[Tensor, Tensor]:
     out, indices = _empty_outputs(x, weight, bias, stride, save)
-    images = _images(x, weight, stride)
+    run = _pool_blocked if not save and _is_blocked(x, weight, bias) else _pool
     with torch.autocast("cpu", enabled=False):  # it would narrow the operands
-        if not save and _is_blocked(x, weight, bias):
-            operands = weight.to_mkldnn(), bias.to_mkldnn()
-            for part, y in zip(x.split(images), out.split(images), strict=True):
-                conv = torch.mkldnn_convolution(
-                    part.to_mkldnn(), *operands, _padding(weight), [stride, stride], [1, 1], 1
-                )
-                pooled = torch.ops.aten.mkldnn_max_pool2d(conv, *_POOL)
-                torch.clamp_min(pooled.to_dense(), 0, out=y)
-            return out, indices
-        for i, (part, y) in enumerate(zip(x.split(images), out.split(images), strict=True)):
-            conv = F.conv2d(part, weight, bias, stride, _padding(weight))
-            if save:
-                places = indices[i * images : i * images + len(part)]
-                torch.ops.aten.max_pool2d_with_indices.out(conv, *_POOL, out=y, indices=places)
-                y.clamp_min_(0)
-            else:
-                torch.clamp_min(torch.max_pool2d(conv, *_POOL), 0, out=y)
+        for part in _parts(x, weight, stride):
+            run(x[part], weight, bias, stride, out[part], indices[part])
     return out, indices
 
 
-def _images(x: Tensor, weight: Tensor, stride: int) -> int:
-    """Return how many images are a part."""
-    return max(1, _PART // max(1, _bytes(x, weight, stride, x.dtype)))
+def _pool(x: Tensor, weight: Tensor, bias: Tensor, stride: int, out: Tensor, indices: Tensor) -> None:
+    """Fill a part's ``out``, and ``indices`` if it is not empty."""
+    conv = F.conv2d(x, weight, bias, stride, padding(weight))
+    if indices.numel() > 0:
+        torch.ops.aten.max_pool2d_with_indices.out(conv, *_POOL, out=out, indices=indices)
+        out.clamp_min_(0)
+    else:
+        torch.clamp_min(torch.max_pool2d(conv, *_POOL), 0, out=out)
+
+
+def _pool_blocked(x: Tensor, weight: Tensor, bias: Tensor, stride: int, out: Tensor, _: Tensor) -> None:
+    operands = x.to_mkldnn(), weight.to_mkldnn(), bias.to_mkldnn()
+    conv = torch.mkldnn_convolution(*operands, padding(weight), [stride, stride], [1, 1], 1)
+    torch.clamp_min(torch.ops.aten.mkldnn_max_pool2d(conv, *_POOL).to_dense(), 0, out=out)
 
 
 def _is_blocked(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
@@ -179,47 +182,43 @@ def _is_blocked(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     return bool(largest * weight.abs().sum((1, 2, 3)).max() + bias.abs().max() < _FINITE)  # not where it is NaN
 
 
-def _inputs(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the gradients of x, weight and bias are shaped as."""
-    return x, weight, weight.new_empty(weight.shape[:1])
-
-
 @torch.library.impl("fastinception::conv_pool_relu_backward", "default")
 def _conv_pool_relu_backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, out: Tensor, indices: Tensor, stride: int, needs: list[bool]
 ) -> tuple[Tensor, ...]:
-    images, sums = _images(x, weight, stride), torch.promote_types(x.dtype, torch.float32)
+    if any(t.shape != _pooled_shape(x, weight, stride) for t in (grad_out, out, indices)):
+        raise RuntimeError(CHANGED)
+    height, width = _conv_size(x, stride)
+    sums = torch.promote_types(x.dtype, torch.float32)
     grad_x = torch.empty_like(x) if needs[0] else None
     grad_weight, grad_bias = (weight.new_zeros(shape, dtype=sums) for shape in (weight.shape, weight.shape[:1]))
     with torch.autocast("cpu", enabled=False):
-        for start in range(0, len(x), images):
-            part, grad, y, places = (t[start : start + images] for t in (x, grad_out, out, indices))
-            grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        for part in _parts(x, weight, stride):
+            grad = torch.ops.aten.threshold_backward(grad_out[part], out[part], 0)
             if needs[2]:  # every number of grad has one place in the convolution's gradient
                 grad_bias += grad.sum((0, 2, 3), dtype=sums)
             if needs[0] or needs[1]:
-                grad = _unpool(grad, part, places, stride)
-                found = conv_backward(grad, part, weight, (needs[0], needs[1], False), stride=stride)
+                first, last = torch.aminmax(indices[part])
+                if first < 0 or last >= height * width:  # they would scatter beyond the end of the gradient
+                    raise RuntimeError(CHANGED)
+                grad = _unpool(grad, x[part], indices[part], stride)
+                found = conv_backward(grad, x[part], weight, (needs[0], needs[1], False), stride=stride)
                 if grad_x is not None:
-                    grad_x[start : start + images] = cast(Tensor, found[0])
+                    grad_x[part] = cast(Tensor, found[0])
                 if needs[1]:
                     grad_weight += cast(Tensor, found[1])
     grads = [
         grad.to(x.dtype) if grad is not None and need else None
         for grad, need in zip((grad_x, grad_weight, grad_bias), needs, strict=True)
     ]
-    return ops.without_none(ops.finish(grads, _inputs(x, weight)), like=x)
+    return ops.without_none(ops.finish(grads, inputs(x, weight)), like=x)
 
 
 def _unpool(grad: Tensor, x: Tensor, indices: Tensor, stride: int) -> Tensor:
     """Return the gradient of the convolution of ``x``, given that of its maxima and where these were."""
-    height, width = (_strided(side, stride) for side in x.shape[2:])
-    shape, format = (*grad.shape[:2], height, width), ops.memory_format(indices)
+    shape, format = (*grad.shape[:2], *_conv_size(x, stride)), ops.memory_format(indices)
     conv = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=format)  # asked for its shape only
-    return cast(
-        Tensor,
-        torch.ops.aten.max_pool2d_with_indices_backward(grad, conv, *_POOL, [1, 1], False, indices),
-    )
+    return cast(Tensor, torch.ops.aten.max_pool2d_with_indices_backward(grad, conv, *_POOL, [1, 1], False, indices))
 
 
 def _differentiable(tensors: Sequence[Tensor], needs: Sequence[bool], stride: int) -> tuple[Tensor | None, ...]:
@@ -231,6 +230,7 @@ def _differentiable(tensors: Sequence[Tensor], needs: Sequence[bool], stride: in
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, ctx.stride, ctx.saves = inputs
+    ctx.shapes = x.shape, weight.shape
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, *output)
@@ -241,6 +241,8 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor |
         return (None,) * 5
     if not ctx.saves:
         raise RuntimeError("fastinception::conv_pool_relu kept nothing for its backward: save must be True")
+    if ctx.shapes != tuple(t.shape for t in ctx.saved_tensors[:2]):
+        raise RuntimeError(CHANGED)
     needs = ops.needed(ctx, 3)
     if forward_ad._current_level >= 0:  # a tangent of grad_out passes through plain operators only
         return *_differentiable((grad_out, *ctx.saved_tensors), needs, ctx.stride), None, None
@@ -260,7 +262,7 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
 torch.library.register_fake("fastinception::conv_pool_relu", _empty_outputs)
 torch.library.register_fake(
     "fastinception::conv_pool_relu_backward",
-    lambda grad_out, x, weight, out, indices, stride, needs: ops.empty_gradients(_inputs(x, weight), needs),
+    lambda grad_out, x, weight, out, indices, stride, needs: ops.empty_gradients(inputs(x, weight), needs),
 )
 torch.library.register_autograd("fastinception::conv_pool_relu", _differentiate, setup_context=_setup)
 torch.library.register_autograd(

@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastinception import functional
 
@@ -130,6 +131,17 @@ def without_interpreter() -> Callable[[str], str]:
         return done.stdout
 
     return run
+
+
+class _Passing(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="session")
+def passing() -> type[TorchDispatchMode]:
+    """Return a dispatch mode that sees each operator and does nothing about it."""
+    return _Passing
 
 
 # The files that take longest, the longest first: what is left for the end is short, and no worker waits for another.
