@@ -50,7 +50,8 @@ class Stage(nn.Sequential):
         for layer in layers[:-3]:
             input = layer(input)
         conv, pool, relu = cast(tuple[Conv2d, MaxPool2d, nn.ReLU], layers[-3:])
-        if not backends.symbolic(input) and _is_served(input, conv, pool, relu):
+        on_cpu = isinstance(input, Tensor) and input.device.type == "cpu"  # first: a GPU's call pays for no more
+        if on_cpu and _is_served(input, conv, pool, relu):
             dtype, operands = _result_dtype(input), (input, conv.weight, cast(Tensor, conv.bias))
             exact = torch.float32 if backends.emulated(dtype, input.device) else dtype
             saves = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
