@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -131,25 +132,38 @@ def _sum_kernel(
     parts,
     strides,
     COUNT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Add up the parts of BLOCK_N elements of one result, each BLOCK_P-th in order, and their BLOCK_P sums at the end.
 
     A sum over the tile in each step would wait for its loads, and for all threads, before the next. The tiles of the
-    results follow one another; ``firsts`` is where each result's begin, and the last one's end.
+    results follow one another; ``firsts`` is where each result's begin. ALIGNED divides sums, sizes and strides.
     """
     tile = tl.program_id(0)
-    for i in tl.static_range(COUNT):
-        if (tile >= firsts[i]) & (tile < firsts[i + 1]):
-            offs_n = (tile - firsts[i]) * BLOCK_N + tl.arange(0, BLOCK_N)
-            mask_n = offs_n < sizes[i]
-            total = tl.zeros((BLOCK_P, BLOCK_N), dtype=partials_ptr.dtype.element_ty)
-            for first in tl.range(0, parts[i], BLOCK_P, loop_unroll_factor=4):
-                offs_p = first + tl.arange(0, BLOCK_P)
-                part = partials_ptr + sums[i] + offs_p.to(tl.int64)[:, None] * strides[i] + offs_n[None, :]
-                total += tl.load(part, mask=(offs_p < parts[i])[:, None] & mask_n[None, :], other=0.0)
-            tl.store(out_ptrs[i] + offs_n, tl.sum(total, axis=0), mask=mask_n)
+    out_ptr = out_ptrs[0]
+    first, start, size, count, stride = 0, 0, 0, 0, 0
+    for i in tl.static_range(COUNT):  # choices: by branches the loop would be compiled COUNT times
+        begun = tile >= firsts[i]
+        out_ptr = tl.where(begun, out_ptrs[i], out_ptr)
+        first = tl.where(begun, firsts[i], first)
+        start = tl.where(begun, sums[i], start)
+        size = tl.where(begun, sizes[i], size)
+        count = tl.where(begun, parts[i], count)
+        stride = tl.where(begun, strides[i], stride)
+    # What a choice is a multiple of the compiler does not see, and would load one number at a time.
+    start, size, stride = tl.multiple_of(start, ALIGNED), tl.multiple_of(size, ALIGNED), tl.multiple_of(stride, ALIGNED)
+    offs_n = (tile - first) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < size
+    offs_p = tl.arange(0, BLOCK_P)
+    part = partials_ptr + start + offs_p.to(tl.int64)[:, None] * stride + offs_n[None, :]
+    step = stride.to(tl.int64) * BLOCK_P
+    total = tl.zeros((BLOCK_P, BLOCK_N), dtype=partials_ptr.dtype.element_ty)
+    for done in tl.range(0, count, BLOCK_P, loop_unroll_factor=4):
+        total += tl.load(part, mask=(offs_p < count - done)[:, None] & mask_n[None, :], other=0.0)
+        part += step
+    tl.store(out_ptr + offs_n, tl.sum(total, axis=0), mask=mask_n)
 
 
 class Division(NamedTuple):
@@ -244,8 +258,9 @@ def add_up(sums: tuple[Sum, ...], outs: Sequence[Tensor], partials: Tensor) -> L
 def _sum_launch(sums: tuple[Sum, ...], gpu: target.Gpu) -> configs.Launch:
     config = configs.sweep(configs.SUM, gpu)
     elements, starts, parts, strides = zip(*sums, strict=True)
-    firsts = tuple(itertools.accumulate((configs.tiles(size, config.block_n) for size in elements), initial=0))
+    *firsts, end = itertools.accumulate((configs.tiles(size, config.block_n) for size in elements), initial=0)
     return configs.launch(
-        firsts[-1], (firsts, starts, elements, parts, strides),
-        COUNT=len(sums), BLOCK_P=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        end, (tuple(firsts), starts, elements, parts, strides),
+        COUNT=len(sums), ALIGNED=math.gcd(16, *elements, *starts, *strides),
+        BLOCK_P=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
     )  # fmt: skip

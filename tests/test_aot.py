@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -287,6 +288,15 @@ def test_what_the_report_compiles_is_what_a_launch_compiles(without_interpreter)
     assert without_interpreter(JIT).split() == ["compared", str(len(aot.CHIPS) * (8 + 2 + 8))]
 
 
+@pytest.mark.parametrize("widths", [aot.WIDTHS["4b"], (20, 12, (4, 8), (4, 12), 20), (9, 5, (2, 6), (3, 1), 7)])
+def test_what_the_sums_promise_the_compiler_holds(widths):
+    function, args, kwargs = aot.launches("sm_90", widths, torch.float32, save=True)["sum"]
+    named = dict(zip(function.arg_names, args, strict=False))
+    numbers = [number for name in ("sums", "sizes", "strides") for number in named[name]]
+    assert all(number % kwargs["ALIGNED"] == 0 for number in numbers)
+    assert any(number % (2 * kwargs["ALIGNED"]) for number in numbers)
+
+
 def name(row: dict[str, Any]) -> str:
     return " ".join(row[key] for key in aot_report.KEY)
 
@@ -335,6 +345,8 @@ def test_operands_are_loaded_16_bytes_at_a_time(compiled):
     for row in compiled:
         for part, loop in row.get("loops", {}).items():
             assert loop["narrowest_load"] == 16, f"{name(row)}: {part}"
+        if row["kernel"] == "sum":
+            assert set(row["loads"]) == {"16"}, name(row)
         if row["kernel"] in SWEEPS:
             continue
         # Narrow ones are the biases of the epilogue; on gfx942 also 8-byte ones of the weights.
