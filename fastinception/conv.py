@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fastinception import backends, conv_backward, ops
-
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+from fastinception import backends, conv_backward, custom_op
 
 
 class Conv2d(nn.Conv2d):
@@ -66,16 +64,16 @@ class Conv2d(nn.Conv2d):
             and self.padding_mode == "zeros"
             and self.stride == self.dilation == (1, 1)
             and self.groups == 1
-            and ops.memory_format(x) is torch.channels_last
+            and custom_op.memory_format(x) is torch.channels_last
             and conv_backward.by_columns(x, weight)
         )
 
 
-torch.library.define("fastinception::conv2d", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=_TAGS)
+torch.library.define("fastinception::conv2d", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=custom_op.TAGS)
 torch.library.define(
     "fastinception::conv2d_backward",
     "(Tensor grad_out, Tensor x, Tensor weight, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=custom_op.TAGS,
 )
 
 
@@ -85,8 +83,8 @@ def _same(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     """Return the memory format of the result: what oneDNN chooses, and PyTorch's fake does not know."""
-    format = ops.memory_format(x)
-    return ops.memory_format(weight) if format is torch.contiguous_format else format
+    format = custom_op.memory_format(x)
+    return custom_op.memory_format(weight) if format is torch.contiguous_format else format
 
 
 torch.library.impl("fastinception::conv2d", "default")(
@@ -103,12 +101,12 @@ def _conv2d_backward(grad_out: Tensor, x: Tensor, weight: Tensor, needs: list[bo
     rows, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad_out))
     with torch.autocast(x.device.type, enabled=False):  # it would narrow the products' operands
         found = conv_backward.conv_backward(grad, rows, weight, (needs[0], needs[1], needs[2]))
-    return ops.without_none(ops.finish(found, conv_backward.inputs(x, weight)), like=x)
+    return custom_op.without_none(custom_op.finish(found, conv_backward.inputs(x, weight)), like=x)
 
 
 torch.library.register_fake(
     "fastinception::conv2d_backward",
-    lambda grad_out, x, weight, needs: ops.empty_gradients(conv_backward.inputs(x, weight), needs),
+    lambda grad_out, x, weight, needs: custom_op.empty_gradients(conv_backward.inputs(x, weight), needs),
 )
 
 
@@ -121,7 +119,7 @@ def _differentiate(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ..
     if grad_out is None:
         return None, None, None
     x, weight = ctx.saved_tensors
-    needs = ops.needed(ctx, 3)
+    needs = custom_op.needed(ctx, 3)
     if forward_ad._current_level >= 0:  # a tangent of grad_out passes through plain operators only
         return conv_backward.library(grad_out, x, weight, needs)
     grads = torch.ops.fastinception.conv2d_backward(grad_out, x, weight, needs)
@@ -134,7 +132,7 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return ops.differentiate_twice(ctx, grads, conv_backward.library)
+    return custom_op.differentiate_twice(ctx, grads, conv_backward.library)
 
 
 torch.library.register_autograd("fastinception::conv2d", _differentiate, setup_context=_setup)

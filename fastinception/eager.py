@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastinception import ops
+from fastinception import custom_op, ops
 from fastinception.kernels import replay
 
 
@@ -31,7 +31,7 @@ class _Inception(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * 15
-        needs, saved = ops.needed(ctx, 13), ctx.saved_tensors
+        needs, saved = custom_op.needed(ctx, 13), ctx.saved_tensors
         if torch.is_grad_enabled() or forward_ad._current_level >= 0 or watched() or _only_dispatched(grad_out):
             grads: Sequence[Tensor | None] = ops.DIFFERENTIATED[ctx.backend](grad_out, saved, needs)
         elif ctx.backend == "aten":

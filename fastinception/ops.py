@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastinception import aten, backends
+from fastinception import aten, backends, custom_op
 from fastinception.kernels import replay
 
 _NAMES = ("p1_1", "p2_1", "p2_2", "p3_1", "p3_2", "p4_2")
 _PARAMS = ", ".join(f"Tensor {name}_weight, Tensor {name}_bias" for name in _NAMES)
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
 @functools.cache
@@ -31,31 +30,8 @@ def _launches() -> Any:
     return block
 
 
-def memory_format(*tensors: Tensor) -> torch.memory_format:
-    """Return channels_last if PyTorch's convolutions take all ``tensors`` for that, else contiguous."""
-    return torch.channels_last if all(map(_is_read_as_channels_last, tensors)) else torch.contiguous_format
-
-
-def _is_read_as_channels_last(t: Tensor) -> bool:
-    """Tell what C++'s ``Tensor.suggest_memory_format`` says: the strides decide, whether ``t`` is dense or not.
-
-    Its copy in ``torch._prims_common`` imports SymPy at the first call, which takes most of a second.
-    """
-    sizes, strides, least = t.shape, t.stride(), 1
-    for dim in (1, 3, 2, 0):
-        if sizes[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
-            return False  # the last: one pixel, with the strides of contiguous
-        least = strides[dim] * sizes[dim]
-    return True
-
-
 def _dense(x: Tensor, shape: Sequence[int], format: torch.memory_format) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format)
-
-
-def _nothing(like: Tensor) -> Tensor:
-    """Return what stands for a tensor that an operator has to return and does not compute."""
-    return _dense(like, (0,), torch.contiguous_format)
 
 
 def _widths(params: Sequence[Tensor]) -> tuple[int, int, int, int]:
@@ -79,9 +55,9 @@ def output_shape(x: Tensor, params: Sequence[Tensor]) -> tuple[int, int, int, in
 
 def empty_output(x: Tensor, params: Sequence[Tensor]) -> Tensor:
     """Allocate the block's output in the plain block's memory format: channels_last if x or all weights are."""
-    format = memory_format(x)
+    format = custom_op.memory_format(x)
     if format is torch.contiguous_format:
-        format = memory_format(*params[::2])
+        format = custom_op.memory_format(*params[::2])
     return _dense(x, output_shape(x, params), format)
 
 
@@ -96,27 +72,27 @@ def _empty_aten_outputs(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ..
 def _empty_triton_outputs(x: Tensor, params: Sequence[Tensor], save: bool) -> tuple[Tensor, ...]:
     """Allocate what ``triton_forward`` returns, see :class:`fastinception.kernels.block.Saved`."""
     saved = _launches().empty_saved(x, params, save)
-    return empty_output(x, params), *without_none(saved, like=x)
+    return empty_output(x, params), *custom_op.without_none(saved, like=x)
 
 
 torch.library.define(
     "fastinception::aten_forward",
     f"(Tensor x, {_PARAMS}) -> (Tensor out, Tensor r2, Tensor r3, "
     "Tensor p1, Tensor p2, Tensor p3, Tensor p4, Tensor pooled, Tensor indices)",
-    tags=_TAGS,
+    tags=custom_op.TAGS,
 )
 torch.library.define(
     "fastinception::triton_forward",
     f"(Tensor x, {_PARAMS}, bool save, bool relu=True) -> "
     "(Tensor out, Tensor r2, Tensor r3, Tensor mask, Tensor pooled, Tensor codes)",
-    tags=_TAGS,
+    tags=custom_op.TAGS,
 )
 
 
 def aten_forward(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
     out = empty_output(x, params)
     saved = aten.forward_saving(x, params, out)
-    return out, *(_as_promised(tensor, _channels_last_strides(tensor.shape)) for tensor in saved)
+    return out, *(custom_op.as_promised(tensor, _channels_last_strides(tensor.shape)) for tensor in saved)
 
 
 def _triton_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -124,7 +100,7 @@ def _triton_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     if save and not relu:
         raise ValueError("only the block with its ReLUs has a backward: save=False was expected with relu=False")
     known = replay.known("operator", save, relu, replay.facts((x, *params)))
-    return without_none(launch_forward(known, x, params, save, relu), like=x)
+    return custom_op.without_none(launch_forward(known, x, params, save, relu), like=x)
 
 
 def launch_forward(
@@ -149,20 +125,6 @@ def _channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return height * width * channels, 1, width * channels, channels
 
 
-def _as_promised(result: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Return ``result`` with the strides that the fake has, and memory of its own.
-
-    It lacks them where a size of 1 leaves channels_last open, and where a gradient is a slice of a merged one.
-    """
-    if result.untyped_storage().nbytes() == result.nbytes:
-        if result.stride() == strides:
-            return result
-        sizes = zip(result.shape, result.stride(), strides, strict=True)
-        if all(size == 1 or own == promised for size, own, promised in sizes):
-            return result.as_strided(result.shape, strides)
-    return torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device).copy_(result)
-
-
 torch.library.impl("fastinception::aten_forward", "default")(aten_forward)  # as a decorator it would return None
 torch.library.impl("fastinception::triton_forward", "default")(_triton_forward)
 torch.library.register_fake("fastinception::aten_forward", lambda x, *params: _empty_aten_outputs(x, params))
@@ -174,7 +136,7 @@ torch.library.register_fake(
 torch.library.define(
     "fastinception::inception_out",
     f"(Tensor x, {_PARAMS}, str backend, Tensor(a!) out, bool relu=True) -> ()",
-    tags=_TAGS,
+    tags=custom_op.TAGS,
 )
 
 
@@ -222,61 +184,21 @@ torch.library.define(
     "fastinception::aten_backward",
     f"(Tensor grad_out, Tensor x, {_PARAMS}, Tensor r2, Tensor r3, Tensor p1, Tensor p2, Tensor p3, Tensor p4, "
     f"Tensor pooled, Tensor indices, bool[] needs) -> ({_GRADIENTS})",
-    tags=_TAGS,
+    tags=custom_op.TAGS,
 )
 torch.library.define(
     "fastinception::triton_backward",
     f"(Tensor grad_out, Tensor x, {_PARAMS}, Tensor r2, Tensor r3, Tensor mask, "
     f"Tensor pooled, Tensor codes, bool[] needs) -> ({_GRADIENTS})",
-    tags=_TAGS,
+    tags=custom_op.TAGS,
 )
-
-
-def empty_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Allocate each gradient with its input's strides, if it is dense; what is not needed is an empty tensor."""
-    return tuple(torch.empty_like(t) if need else _nothing(t) for t, need in zip(inputs, needs, strict=True))
-
-
-def finish(grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the gradients with the strides that ``empty_gradients`` promises, and memory of their own."""
-    results = list(grads)
-    for i, (grad, t) in enumerate(zip(grads, inputs, strict=True)):
-        if grad is not None:
-            dense = t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
-            results[i] = _as_promised(grad, t.stride() if dense else torch.empty_like(t, device="meta").stride())
-    return results
-
-
-def without_none(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """Return what an operator may: an empty tensor for each that is not needed."""
-    return tuple([_nothing(like) if result is None else result for result in results])
-
-
-def needed(ctx: Any, count: int) -> list[bool]:
-    """Return which of the gradients of a function's first ``count`` tensors the running backward has a use for.
-
-    ``ctx.needs_input_grad`` tells what requires one; of these ``torch.autograd.grad(y, x)`` leads to x's alone. Takes
-    about 5 us, and 30 more for each of two leaves whose gradients are asked for by name.
-    """
-    required = [node is not None for node, _ in ctx.next_functions[:count]]
-    required += [False] * (count - len(required))  # what is None has no node
-    found, named = list(required), 0
-    for i, (node, _) in enumerate(ctx.next_functions[:count]):
-        if node is not None:
-            try:
-                found[i] = torch._C._will_engine_execute_node(node)
-            except RuntimeError:  # a leaf that was asked for by name
-                named += 1
-                if named == 2:  # who asks for two will ask for most, and an exception takes its time
-                    break
-    return found if any(found) else required  # run by hand in another graph's backward, which knows nothing of these
 
 
 def aten_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | None]:
     params, saved, needs = args[:12], args[12:-1], args[-1]
     with torch.autocast(x.device.type, enabled=False):  # it would cast for some of the products and not for others
         grads = aten.backward(grad_out, x, params, saved, needs)
-    return finish(grads, (x, *params))
+    return custom_op.finish(grads, (x, *params))
 
 
 def triton_gradients(known: replay.Known, grad_out: Tensor, x: Tensor, *args: Any) -> Sequence[Tensor | None]:
@@ -287,7 +209,7 @@ def triton_gradients(known: replay.Known, grad_out: Tensor, x: Tensor, *args: An
     if (call := known.get(key)) is not None:
         return cast(Sequence[Tensor | None], call(*operands))
     block, inputs = _launches(), (x, *params)
-    grads = [_dense(x, x.shape, memory_format(x)) if needs[0] else None]
+    grads = [_dense(x, x.shape, custom_op.memory_format(x)) if needs[0] else None]
     grads += [_empty_gradient(t) if need else None for t, need in zip(params, needs[1:], strict=True)]
     # Also what was saved: a hook (save_on_cpu) may have given it other strides.
     rows, r2, r3 = (t.contiguous(memory_format=torch.channels_last) for t in (x, *saved[:2]))
@@ -301,11 +223,11 @@ def triton_gradients(known: replay.Known, grad_out: Tensor, x: Tensor, *args: An
     if key not in known:
         call = replay.record(launched, operands, [*grads, *allocated], grads)
         known[key] = call if fits or call is None else functools.partial(_replay_and_finish, call)
-    return grads if fits else finish(grads, inputs)
+    return grads if fits else custom_op.finish(grads, inputs)
 
 
 def _replay_and_finish(call: replay.Replay, *operands: Tensor) -> list[Tensor | None]:
-    return finish(call(*operands), operands[1:14])
+    return custom_op.finish(call(*operands), operands[1:14])
 
 
 def _check_operands(grad_out: Tensor, x: Tensor, *args: Tensor) -> None:
@@ -334,10 +256,10 @@ def _empty_gradient(t: Tensor) -> Tensor:
 
 
 torch.library.impl("fastinception::aten_backward", "default")(
-    lambda *args: without_none(aten_gradients(*args), like=args[0])
+    lambda *args: custom_op.without_none(aten_gradients(*args), like=args[0])
 )
 torch.library.impl("fastinception::triton_backward", "default")(
-    lambda *args: without_none(
+    lambda *args: custom_op.without_none(
         triton_gradients(replay.known("backward", args[1].shape, args[1].dtype), *args), like=args[0]
     )
 )
@@ -372,7 +294,7 @@ def _register_derivative(backend: str, extra: int) -> None:
             return (None,) * (13 + extra)
         if not ctx.saves:
             raise RuntimeError(f"fastinception::{backend}_forward kept nothing for its backward: save must be True")
-        grads = DIFFERENTIATED[backend](grad_out, ctx.saved_tensors, needed(ctx, 13))
+        grads = DIFFERENTIATED[backend](grad_out, ctx.saved_tensors, custom_op.needed(ctx, 13))
         return *grads, *(None,) * extra
 
     torch.library.register_autograd(f"fastinception::{backend}_forward", backward, setup_context=_setup_forward)
@@ -395,36 +317,13 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.save_for_backward(*inputs[:14])
 
 
-def differentiate_twice(ctx: Any, grads: Sequence[Tensor], backward: Callable[..., Any]) -> tuple[Tensor | None, ...]:
-    """Return the derivative of a backward operator, as that of a ``backward`` made of plain operators.
-
-    ``ctx`` has saved the operator's tensors, which come first among its arguments; ``ctx.needs`` is its last.
-    ``backward`` takes both, and its results may be None.
-    """
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        tensors = [
-            t.view_as(t) if t.requires_grad else t.detach().requires_grad_(t.is_floating_point())
-            for t in ctx.saved_tensors
-        ]
-        first = backward(*tensors, ctx.needs)
-        wanted = [i for i, need in enumerate(ctx.needs_input_grad[: len(tensors)]) if need]
-        second = torch.autograd.grad(
-            [grad for grad, need in zip(first, ctx.needs, strict=True) if need],
-            [tensors[i] for i in wanted],
-            [grad for grad, need in zip(grads, ctx.needs, strict=True) if need],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    for i, grad in zip(wanted, second, strict=True):
-        results[i] = grad
-    return tuple(results)
-
-
 def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiate the backward a second time, through the block composed of plain operators."""
-    return differentiate_twice(ctx, grads, lambda grad_out, *rest: _compose_backward(grad_out, rest[:-1], rest[-1]))
+
+    def backward(grad_out: Tensor, *rest: Any) -> list[Tensor | None]:
+        return _compose_backward(grad_out, rest[:-1], rest[-1])
+
+    return custom_op.differentiate_twice(ctx, grads, backward)
 
 
 DIFFERENTIATED = {
@@ -437,5 +336,5 @@ for _backend, _extra in (("aten", 0), ("triton", 2)):
     )
     torch.library.register_fake(
         f"fastinception::{_backend}_backward",
-        lambda grad_out, x, *args: empty_gradients((x, *args[:12]), args[-1]),
+        lambda grad_out, x, *args: custom_op.empty_gradients((x, *args[:12]), args[-1]),
     )

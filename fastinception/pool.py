@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+from fastinception import custom_op
+
 _SETTINGS = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
 
 
@@ -47,12 +48,12 @@ def _pair(size: int | Sequence[int]) -> list[int]:
 
 
 torch.library.define(
-    "fastinception::max_pool2d", f"(Tensor x, {_SETTINGS}) -> (Tensor out, Tensor indices)", tags=_TAGS
+    "fastinception::max_pool2d", f"(Tensor x, {_SETTINGS}) -> (Tensor out, Tensor indices)", tags=custom_op.TAGS
 )
 torch.library.define(
     "fastinception::max_pool2d_backward",
     f"(Tensor grad_out, Tensor x, {_SETTINGS}, Tensor indices) -> Tensor",
-    tags=_TAGS,
+    tags=custom_op.TAGS,
 )
 
 

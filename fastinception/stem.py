@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fastinception import backends, ops
+from fastinception import backends, custom_op
 from fastinception.conv import Conv2d, memory_format
 from fastinception.conv_backward import conv_backward, inputs, library, padding
 from fastinception.module import hooked_globally, wrapped
@@ -31,8 +31,7 @@ _FINITE = 1e38  # a bound of what the convolution computes: below, nothing becom
 
 # What another shape of .data, or of what a hook brings back, would make of the indices is a write to foreign memory.
 CHANGED = "x, the weight or what was saved has another shape in the backward than in the forward"
-_POOL = [3, 3], [2, 2], [1, 1]  # kernel size, stride, padding
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_POOL = 3, 2, 1  # kernel size, stride, padding
 
 
 class Stage(nn.Sequential):
@@ -85,7 +84,7 @@ def _is_served(x: Tensor, conv: Conv2d, pool: MaxPool2d, relu: nn.ReLU) -> bool:
         and conv.stride in ((1, 1), (2, 2))
         and (conv.padding, conv.dilation) == ((kernel_h // 2, kernel_w // 2), (1, 1))
         and (conv.groups, conv.padding_mode) == (1, "zeros")
-        and (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (3, 2, 1, 1)
+        and (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (*_POOL, 1)
         and not pool.ceil_mode
         and not pool.return_indices
     )
@@ -119,13 +118,13 @@ def _strided(side: int, stride: int) -> int:
 torch.library.define(
     "fastinception::conv_pool_relu",
     "(Tensor x, Tensor weight, Tensor bias, int stride, bool save) -> (Tensor out, Tensor indices)",
-    tags=_TAGS,
+    tags=custom_op.TAGS,
 )
 torch.library.define(
     "fastinception::conv_pool_relu_backward",
     "(Tensor grad_out, Tensor x, Tensor weight, Tensor out, Tensor indices, int stride, bool[] needs) "
     "-> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=custom_op.TAGS,
 )
 
 
@@ -212,14 +211,14 @@ def _conv_pool_relu_backward(
         grad.to(x.dtype) if grad is not None and need else None
         for grad, need in zip((grad_x, grad_weight, grad_bias), needs, strict=True)
     ]
-    return ops.without_none(ops.finish(grads, inputs(x, weight)), like=x)
+    return custom_op.without_none(custom_op.finish(grads, inputs(x, weight)), like=x)
 
 
 def _unpool(grad: Tensor, x: Tensor, indices: Tensor, stride: int) -> Tensor:
     """Return the gradient of the convolution of ``x``, given that of its maxima and where these were."""
-    shape, format = (*grad.shape[:2], *_conv_size(x, stride)), ops.memory_format(indices)
+    shape, format = (*grad.shape[:2], *_conv_size(x, stride)), custom_op.memory_format(indices)
     conv = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=format)  # asked for its shape only
-    return cast(Tensor, torch.ops.aten.max_pool2d_with_indices_backward(grad, conv, *_POOL, [1, 1], False, indices))
+    return cast(Tensor, torch.ops.aten.max_pool2d_with_indices_backward(grad, conv, *_POOL, 1, False, indices))
 
 
 def _differentiable(tensors: Sequence[Tensor], needs: Sequence[bool], stride: int) -> tuple[Tensor | None, ...]:
@@ -244,7 +243,7 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor |
         raise RuntimeError("fastinception::conv_pool_relu kept nothing for its backward: save must be True")
     if ctx.shapes != tuple(t.shape for t in ctx.saved_tensors[:2]):
         raise RuntimeError(CHANGED)
-    needs = ops.needed(ctx, 3)
+    needs = custom_op.needed(ctx, 3)
     if forward_ad._current_level >= 0:  # a tangent of grad_out passes through plain operators only
         return *_differentiable((grad_out, *ctx.saved_tensors), needs, ctx.stride), None, None
     grads = torch.ops.fastinception.conv_pool_relu_backward(grad_out, *ctx.saved_tensors, ctx.stride, needs)
@@ -257,13 +256,13 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return ops.differentiate_twice(ctx, grads, lambda *args: _differentiable(args[:-1], args[-1], ctx.stride))
+    return custom_op.differentiate_twice(ctx, grads, lambda *args: _differentiable(args[:-1], args[-1], ctx.stride))
 
 
 torch.library.register_fake("fastinception::conv_pool_relu", _empty_outputs)
 torch.library.register_fake(
     "fastinception::conv_pool_relu_backward",
-    lambda grad_out, x, weight, out, indices, stride, needs: ops.empty_gradients(inputs(x, weight), needs),
+    lambda grad_out, x, weight, out, indices, stride, needs: custom_op.empty_gradients(inputs(x, weight), needs),
 )
 torch.library.register_autograd("fastinception::conv_pool_relu", _differentiate, setup_context=_setup)
 torch.library.register_autograd(

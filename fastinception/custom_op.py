@@ -1,0 +1,115 @@
+"""What the operators of this package share: their tags, the strides that they promise, and their derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+
+def memory_format(*tensors: Tensor) -> torch.memory_format:
+    """Return channels_last if PyTorch's convolutions take all ``tensors`` for that, else contiguous."""
+    return torch.channels_last if all(map(_is_read_as_channels_last, tensors)) else torch.contiguous_format
+
+
+def _is_read_as_channels_last(t: Tensor) -> bool:
+    """Tell what C++'s ``Tensor.suggest_memory_format`` says: the strides decide, whether ``t`` is dense or not.
+
+    Its copy in ``torch._prims_common`` imports SymPy at the first call, which takes most of a second.
+    """
+    sizes, strides, least = t.shape, t.stride(), 1
+    for dim in (1, 3, 2, 0):
+        if sizes[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
+            return False  # the last: one pixel, with the strides of contiguous
+        least = strides[dim] * sizes[dim]
+    return True
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """Return what stands for a tensor that an operator has to return and does not compute."""
+    return like.new_empty(0)
+
+
+def as_promised(result: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return ``result`` with the strides that the fake has, and memory of its own.
+
+    It lacks them where a size of 1 leaves channels_last open, and where a gradient is a slice of a merged one.
+    """
+    if result.untyped_storage().nbytes() == result.nbytes:
+        if result.stride() == strides:
+            return result
+        sizes = zip(result.shape, result.stride(), strides, strict=True)
+        if all(size == 1 or own == promised for size, own, promised in sizes):
+            return result.as_strided(result.shape, strides)
+    return torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device).copy_(result)
+
+
+def empty_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Allocate each gradient with its input's strides, if it is dense; what is not needed is an empty tensor."""
+    return tuple(torch.empty_like(t) if need else _nothing(t) for t, need in zip(inputs, needs, strict=True))
+
+
+def finish(grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the gradients with the strides that ``empty_gradients`` promises, and memory of their own."""
+    results = list(grads)
+    for i, (grad, t) in enumerate(zip(grads, inputs, strict=True)):
+        if grad is not None:
+            dense = t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
+            results[i] = as_promised(grad, t.stride() if dense else torch.empty_like(t, device="meta").stride())
+    return results
+
+
+def without_none(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """Return what an operator may: an empty tensor for each that is not needed."""
+    return tuple([_nothing(like) if result is None else result for result in results])
+
+
+def needed(ctx: Any, count: int) -> list[bool]:
+    """Return which of the gradients of a function's first ``count`` tensors the running backward has a use for.
+
+    ``ctx.needs_input_grad`` tells what requires one; of these ``torch.autograd.grad(y, x)`` leads to x's alone. Takes
+    about 5 us, and 30 more for each of two leaves whose gradients are asked for by name.
+    """
+    required = [node is not None for node, _ in ctx.next_functions[:count]]
+    required += [False] * (count - len(required))  # what is None has no node
+    found, named = list(required), 0
+    for i, (node, _) in enumerate(ctx.next_functions[:count]):
+        if node is not None:
+            try:
+                found[i] = torch._C._will_engine_execute_node(node)
+            except RuntimeError:  # a leaf that was asked for by name
+                named += 1
+                if named == 2:  # who asks for two will ask for most, and an exception takes its time
+                    break
+    return found if any(found) else required  # run by hand in another graph's backward, which knows nothing of these
+
+
+def differentiate_twice(ctx: Any, grads: Sequence[Tensor], backward: Callable[..., Any]) -> tuple[Tensor | None, ...]:
+    """Return the derivative of a backward operator, as that of a ``backward`` made of plain operators.
+
+    ``ctx`` has saved the operator's tensors, which come first among its arguments; ``ctx.needs`` is its last.
+    ``backward`` takes both, and its results may be None.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        tensors = [
+            t.view_as(t) if t.requires_grad else t.detach().requires_grad_(t.is_floating_point())
+            for t in ctx.saved_tensors
+        ]
+        first = backward(*tensors, ctx.needs)
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[: len(tensors)]) if need]
+        second = torch.autograd.grad(
+            [grad for grad, need in zip(first, ctx.needs, strict=True) if need],
+            [tensors[i] for i in wanted],
+            [grad for grad, need in zip(grads, ctx.needs, strict=True) if need],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for i, grad in zip(wanted, second, strict=True):
+        results[i] = grad
+    return tuple(results)
