@@ -18,7 +18,9 @@ from fastinception.kernels import target
 
 PLAIN = {Tensor, Parameter}  # a subclass may be anything
 BACKENDS = ("auto", "triton", "aten")
-_MOST_PIXELS = 2**31 - 2**12  # in int32, up to the end of the last tile
+# What the kernels count in int32: pixels, up to the end of the last tile, and numbers from row to row of an image.
+_MOST_PIXELS = 2**31 - 2**12
+_MOST_IN_A_ROW = 2**29 - 1  # a 5x5 kernel has four rows below its first
 
 
 def _emulated() -> frozenset[torch.dtype]:
@@ -67,9 +69,8 @@ def select(backend: str, x: Tensor, params: Sequence[Tensor]) -> Path:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     special = _special(x, params)
     reason = target.unsupported(x.device, x.dtype) if backend != "aten" else None
-    n, _, height, width = x.shape
-    if special is None and backend != "aten" and n * height * width > _MOST_PIXELS:
-        reason = f"the kernels count at most {_MOST_PIXELS} pixels"
+    if special is None and backend != "aten":
+        reason = reason or _too_large(x, params)
     if backend == "triton" and reason is not None:
         raise ValueError(f"backend='triton' cannot run here: {reason}; use backend='auto' or 'aten'")
     if special is not None:
@@ -85,6 +86,17 @@ def select(backend: str, x: Tensor, params: Sequence[Tensor]) -> Path:
     if emulated(x.dtype, x.device):
         reason += f"; in float32, as this CPU emulates {x.dtype}"
     return Path("aten", reason)
+
+
+def _too_large(x: Tensor, params: Sequence[Tensor]) -> str | None:
+    """Say what about the sizes is beyond the kernels, or None."""
+    n, _, height, width = x.shape
+    if n * height * width > _MOST_PIXELS:
+        return f"the kernels count at most {_MOST_PIXELS} pixels"
+    widest = max(weight.shape[0] for weight in params[2:10:2])  # into and out of the 3x3 and the 5x5 convolution
+    if width * widest > _MOST_IN_A_ROW:
+        return f"the kernels count at most {_MOST_IN_A_ROW} numbers in a row, and {width} pixels of {widest} are more"
+    return None
 
 
 def emulated(dtype: torch.dtype, device: torch.device) -> bool:

@@ -104,19 +104,23 @@ def _triton_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def launch_forward(
-    known: replay.Known, x: Tensor, params: Sequence[Tensor], save: bool, relu: bool
+    known: replay.Known, x: Tensor, params: Sequence[Tensor], save: bool, relu: bool, out: Tensor | None = None
 ) -> Sequence[Tensor | None]:
-    """Return the output and what is saved by Triton; what is ``known`` of such calls serves, and grows."""
+    """Return the output and what is saved by Triton; what is ``known`` of such calls serves, and grows.
+
+    The output is the caller's ``out``, if there is one.
+    """
+    operands = (x, *params) if out is None else (x, *params, out)
     if (call := known.get("forward")) is not None:
-        return cast(Sequence[Tensor | None], call(x, *params))
-    block, out = _launches(), empty_output(x, params)
+        return cast(Sequence[Tensor | None], call(*operands))
+    block, result = _launches(), empty_output(x, params) if out is None else out
     saved = block.empty_saved(x, params, save)
-    run, results = functools.partial(block.forward, x, params, out, saved, relu=relu), (out, *saved)
+    run, results = functools.partial(block.forward, x, params, result, saved, relu=relu), (result, *saved)
     if "forward" in known:
         run()
     else:
         replay.compile(run, x)
-        known["forward"] = replay.record(run(), (x, *params), results, results)
+        known["forward"] = replay.record(run(), operands, results if out is None else saved, results)
     return results
 
 
@@ -147,8 +151,7 @@ def _inception_out(x: Tensor, *args: Any) -> None:
     if backend == "aten" and not relu:
         raise ValueError("only Triton's forward comes without ReLU")
     if backend == "triton":
-        block = _launches()
-        block.forward(x, params, out, block.empty_saved(x, params, save=False), relu=relu)
+        launch_forward(replay.known("out", relu, replay.facts((x, *params, out))), x, params, False, relu, out)
     elif not backends.emulated(x.dtype, x.device):
         aten.forward(x, params, out)
     else:

@@ -33,7 +33,7 @@ class Launched(NamedTuple):
 
 
 _waiting: ContextVar[list[Launched] | None] = ContextVar("_waiting", default=None)
-_lock = threading.Lock()
+_lock, _loading = threading.Lock(), threading.Lock()
 
 
 def launch(kernel: Any, how: configs.Launch, *tensors: Tensors) -> Launched:
@@ -95,15 +95,17 @@ def compile_all(launches: Sequence[Launched], x: Tensor) -> list[Future[None]]:
     """
     from triton.runtime import driver
 
-    driver.active.get_current_device()  # makes the driver, which is not for several threads to do
-
     def warm_up(step: Launched) -> None:
         with target.device_of(x):
             compiled = step.kernel.warmup(*step.tensors, *step.how.sizes, grid=step.how.grid, **step.how.constants)
-            compiled[step.how.grid]  # loads it, and on Triton 3.6 has the host's compiler build its launcher
+            # One at a time: Triton 3.6 has the host's compiler build a launcher for each signature, all of them modules
+            # of one name. Loaded again, they share one dict, from which a kernel could take another's launcher.
+            with _loading:
+                compiled[step.how.grid]
 
     # The compiler releases Python's lock. Two calls at a time would compile the same twice.
     with _lock, ThreadPoolExecutor(os.cpu_count()) as pool:
+        driver.active.get_current_device()  # makes the driver, which is not for several threads to do
         return [pool.submit(warm_up, step) for step in launches]
 
 

@@ -104,6 +104,24 @@ with mock.patch("triton.compiler.compile", compile), mock.patch.object(target, "
                 step(x.detach().contiguous(memory_format=torch.channels_last))
         found["library"], events = events, []
 
+        def write():
+            with torch.no_grad():
+                inception(x, list(net.parameters()), backend="triton", out=out)
+            log("end", len(looked_up))
+            looked_up.clear()
+
+        configs.forget()
+        for kernel in (entry._entry_kernel, spatial._spatial_kernel):
+            kernel.device_caches.clear()
+        x = x.detach().contiguous(memory_format=torch.channels_last)
+        addresses.clear()
+        addresses.update({t.data_ptr(): name for name, t in [("x", x), *net.named_parameters()]})
+        out = torch.empty(2, 64, 4, 4).contiguous(memory_format=torch.channels_last)
+        addresses[out.data_ptr()] = "out"
+        write()
+        write()
+        found["out"], events = events, []
+
         configs.forget()
         for kernel in (entry._entry_kernel, spatial._spatial_kernel):
             kernel.device_caches.clear()
@@ -211,6 +229,16 @@ def test_a_replay_launches_as_tritons_look_up_does(found):
         assert all(len(arguments) >= 19 for arguments in first["arguments"])  # 9 are the launcher's own
     look_ups = [event[1] for event in found["triton"] if event[0] == "end"]
     assert look_ups == [16, 0, 16, 8]  # of a first step for the compiler, too
+
+
+def test_a_call_with_an_output_of_the_callers_is_no_exception(found):
+    first, second = passes(found["out"])
+    assert first["launched"] == second["launched"] == FORWARD
+    assert Counter(first["compiled"]) == Counter(FORWARD)
+    assert max(first["together"]) == 2
+    assert first["arguments"] == second["arguments"]
+    assert sum("'out'" in str(arguments) for arguments in first["arguments"]) == 2
+    assert [event[1] for event in found["out"] if event[0] == "end"] == [4, 0]
 
 
 def test_a_kernel_that_does_not_compile_is_tried_again_and_by_two_threads(found):

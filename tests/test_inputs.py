@@ -180,3 +180,21 @@ def test_empty_batch_is_the_plain_blocks(backend, layout):
         assert ours.dtype is theirs.dtype
         torch.testing.assert_close(ours, theirs)
     assert results[1][0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("pixels", "reason"),
+    [
+        (2**31, "the kernels count at most 2147479552 pixels"),
+        (89478486, "at most 536870911 numbers in a row, and 89478486 pixels of 6 are more"),
+        (89478485, None),
+    ],
+)
+def test_what_is_beyond_the_kernels_integers_is_not_theirs(pixels, reason):
+    x = torch.zeros(1).expand(1, 5, 1, pixels)
+    assert explain(block("aten"), x).name == "aten"
+    if reason is None:
+        assert explain(block("triton"), x).name == "triton"
+    else:
+        with pytest.raises(ValueError, match=f"backend='triton' cannot run here: .*{reason}"):
+            explain(block("triton"), x)

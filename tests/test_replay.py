@@ -448,6 +448,21 @@ def test_the_operators_are_replayed_too(planned, monkeypatch):
         assert all(map(torch.equal, ours, theirs))
 
 
+@pytest.mark.parametrize("train", [False])
+def test_a_call_with_an_output_of_the_callers_is_replayed_on_that(planned, train, monkeypatch):
+    net, x = planned
+    expected = [truth(net, t, False)[0].detach() for t in (x, -x)]
+    outs = [torch.full_like(expected[0], float("nan")).contiguous(memory_format=torch.channels_last) for _ in range(3)]
+    other = torch.full_like(expected[0], float("nan")).contiguous()
+    with torch.no_grad():
+        inception(x, params_of(net), backend="triton", out=outs[0])
+        inception(x, params_of(net), backend="triton", out=other)  # is not taken for the same call
+        monkeypatch.setattr(launches, "forward", lambda *args, **kwargs: pytest.fail("a known call was planned again"))
+        for t, out in ((x, outs[1]), (-x, outs[2])):
+            assert inception(t, params_of(net), backend="triton", out=out) is out
+    close([*outs, other], [expected[0], *expected, expected[0]])
+
+
 # What can be recorded.
 
 
