@@ -280,6 +280,7 @@ def _read_nvidia(cubin: bytes, warps: int, expected: list[Part], rate: int) -> d
         "registers": int(registers),
         "stack": int(stack),
         "local": sum(i.base in ("LDL", "STL") for i in code),
+        "subroutines": sum(i.base == "RET" for i in code),
         "tensor_core": sass.tensor_core(code),
         "loads": sass.widths(code, "LDG", "LDGSTS"),
         "stores": sass.widths(code, "STG"),

@@ -83,6 +83,8 @@ def lines(row: dict[str, Any]) -> list[str]:
         f"shared {row['shared'] / 1024:5.1f} KB  tensor-core {row['tensor_core']:3}  "
         f"loads {_widths(row['loads'])}  stores {_widths(row['stores'])}"
     ]
+    if row.get("subroutines"):
+        text.append(f"  CALLS {row['subroutines']} subroutines")
     if row.get("loops") == {}:
         text.append("  no main loop for each product: unrolled, or split")
     for part, loop in row.get("loops", {}).items():

@@ -31,7 +31,7 @@ def _is_read_as_channels_last(t: Tensor) -> bool:
 
 def _nothing(like: Tensor) -> Tensor:
     """Return what stands for a tensor that an operator has to return and does not compute."""
-    return like.new_empty(0)
+    return torch.empty(0, dtype=like.dtype, device=like.device)
 
 
 def as_promised(result: Tensor, strides: tuple[int, ...]) -> Tensor:

@@ -15,6 +15,7 @@ from fastinception.kernels.epilogue import (
     choosable,
     follow_predecessor,
     is_channels_last,
+    out_offsets,
     out_strides,
     store_active,
 )
@@ -64,7 +65,7 @@ def _gemm_tile(
 
     y = bias_relu(acc, b_columns, 0, mask_n, out_ptr.dtype.element_ty, RELU)
     rows = offs_m.to(tl.int64)
-    out_rows = (rows // pixels) * stride_on + (rows % pixels) * stride_op
+    out_rows = out_offsets(offs_m, pixels, stride_on, stride_op)
     out = out_ptr + out_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_oc
     tl.store(out, y, mask=mask_m[:, None] & (offs_n < WIDTHS[0])[None, :])
     if SAVE:
@@ -185,8 +186,7 @@ def _pool_tile(
         )  # fmt: skip
 
     y = bias_relu(tl.trans(acc), b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty, RELU)
-    rows = offs_m.to(tl.int64)
-    out_rows = (rows // (H * W)) * stride_on + (rows % (H * W)) * stride_op
+    out_rows = out_offsets(offs_m, H * W, stride_on, stride_op)
     out = out_ptr + out_rows[:, None] + (COLUMN + offs_n).to(tl.int64)[None, :] * stride_oc
     tl.store(out, y, mask=mask_m[:, None] & mask_n[None, :])
     if SAVE:

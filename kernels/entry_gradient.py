@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
-from fastinception.kernels.epilogue import choosable, follow_predecessor, is_channels_last, out_strides
+from fastinception.kernels.epilogue import choosable, follow_predecessor, is_channels_last, out_offsets, out_strides
 from fastinception.kernels.replay import Launched
 
 
@@ -41,8 +41,7 @@ def _pool_gradient_kernel(
         codes = tl.load(codes_ptr + offsets, mask=mask, other=255)
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
         acc += tl.where(codes == tap // 3 * 4 + tap // 6 * 4 + tap % 3 + tap % 3 // 2, grad.to(dtype), 0.0)
-    rows = offs_m.to(tl.int64)
-    out_rows = (rows // (H * W)) * stride_on + (rows % (H * W)) * stride_op
+    out_rows = out_offsets(offs_m, H * W, stride_on, stride_op)
     out = out_ptr + out_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_oc
     tl.store(out, acc, mask=mask_m[:, None] & mask_n[None, :])
 
@@ -85,8 +84,7 @@ def _entry_gradient_kernel(
             g = tl.load(g_rows + j[None, :], mask=mask_k[None, :], other=0.0)
             w = tl.load(w_rows[:, None] + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(g, w, acc, input_precision=PRECISION, out_dtype=dtype)
-    rows = offs_m.to(tl.int64)
-    out_rows = (rows // pixels) * stride_on + (rows % pixels) * stride_op
+    out_rows = out_offsets(offs_m, pixels, stride_on, stride_op)
     out = out_ptr + out_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_oc
     mask = mask_m[:, None] & mask_n[None, :]
     acc += tl.load(out, mask=mask, other=0.0).to(dtype)

@@ -18,6 +18,12 @@ def follow_predecessor(PDL: tl.constexpr):
 
 
 @triton.jit
+def out_offsets(offs_m, pixels, stride_on, stride_op):
+    """Return in int64 where pixels lie in the output. Divided in int32: longer, each is the call of a subroutine."""
+    return (offs_m // pixels).to(tl.int64) * stride_on + (offs_m % pixels).to(tl.int64) * stride_op
+
+
+@triton.jit
 def choosable(pointer, offset, AMD: tl.constexpr):
     """``pointer + offset`` for ``tl.where``: on AMD as an integer, as its compiler ends on pointers (Triton 3.6)."""
     if AMD:

@@ -13,7 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
-from fastinception.kernels.epilogue import bias_relu, follow_predecessor, is_channels_last, out_strides, store_active
+from fastinception.kernels.epilogue import (
+    bias_relu,
+    follow_predecessor,
+    is_channels_last,
+    out_offsets,
+    out_strides,
+    store_active,
+)
 
 if TYPE_CHECKING:
     from fastinception.kernels.spatial import Conv
@@ -36,7 +43,7 @@ def _finish_tile(
     y = tl.load(y_ptr + rows[:, None] * O + offs_n[None, :], mask=mask, other=0.0)
     y = y.to(tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32)
     y = bias_relu(y, b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty, RELU)
-    out_rows = (rows // pixels) * stride_on + (rows % pixels) * stride_op
+    out_rows = out_offsets(offs_m, pixels, stride_on, stride_op)
     out = out_ptr + out_rows[:, None] + (COLUMN + offs_n).to(tl.int64)[None, :] * stride_oc
     tl.store(out, y, mask=mask)
     if SAVE:

@@ -44,7 +44,9 @@ def _branch_tile(
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_n[None, :]
         rows = offs_m.to(tl.int64)
-        pixels = (rows // (H * W)) * stride_gn + (rows // W % H) * stride_gh + (rows % W) * stride_gw
+        # Divided in int32, as pixels are counted: in int64 each division is the call of a subroutine.
+        n, h, w = (offs_m // (H * W)).to(tl.int64), (offs_m // W % H).to(tl.int64), (offs_m % W).to(tl.int64)
+        pixels = n * stride_gn + h * stride_gh + w * stride_gw
         grad = tl.load(grad_ptr + pixels[:, None] + columns[None, :], mask=mask, other=0.0)
         bits = tl.load(
             mask_ptr + rows[:, None] * stride_mask + (MASK_COLUMN + offs_b)[None, :],

@@ -321,6 +321,13 @@ def test_nothing_spills_and_all_fits_the_chip(compiled):
         assert row["shared"] <= aot.CHIPS[row["chip"]].shared, name(row)
 
 
+def test_no_subroutine_is_called(compiled):
+    """As for a division in int64, of which an epilogue has one for each of its pixels."""
+    for row in compiled:
+        if row["chip"] in ("sm_80", "sm_90"):  # sm_100 has some that guard its tensor cores
+            assert row["subroutines"] == 0, name(row)
+
+
 def test_products_run_on_tensor_cores_from_a_main_loop_each(compiled):
     for row in compiled:
         if row["kernel"] in SWEEPS:
@@ -422,7 +429,8 @@ def test_lines_show_what_was_measured():
     for shown in ("regs 128", "96.0 KB", "loads 2x16 1x2", "128x128x32", "256 tensor cycles", "issue  0.09"):
         assert shown in text
     assert "WAITS" not in text
-    row = a_row()
+    row = a_row(subroutines=2)
+    assert "CALLS 2 subroutines" in "\n".join(aot_report.lines(row))
     row["loops"]["gemm"] |= {"waits_for_own_loads": True, "shared_pressure": None}
     assert "WAITS" in "\n".join(aot_report.lines(row))
     assert "no main loop" in "\n".join(aot_report.lines(a_row(loops={}, launch_pressure=None)))
