@@ -70,7 +70,7 @@ def select(backend: str, x: Tensor, params: Sequence[Tensor]) -> Path:
     special = _special(x, params)
     reason = target.unsupported(x.device, x.dtype) if backend != "aten" else None
     if special is None and backend != "aten":
-        reason = reason or _too_large(x, params)
+        reason = reason or target.without_products(x.device) or _too_large(x, params)
     if backend == "triton" and reason is not None:
         raise ValueError(f"backend='triton' cannot run here: {reason}; use backend='auto' or 'aten'")
     if special is not None:

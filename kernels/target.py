@@ -50,6 +50,24 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def without_products(device: torch.device) -> str | None:
+    """Say why the kernels would be slow on a device, or not compile, or None: Triton makes no use of its tensor cores.
+
+    On sm_75 they keep 7 KB of a thread's numbers in memory; on AMD's RDNA they spill, or Triton compiles no product.
+    """
+    if device.type != "cuda":
+        return None
+    chip = gpu(device).chip
+    if chip in _CDNA or (chip.startswith("sm_") and int(chip[3:]) >= 80):
+        return None
+    return f"the kernels need the tensor cores of sm_80 and up, or of {', '.join(sorted(_CDNA))}, and x is on {chip}"
+
+
+# Dynamo calls it, and keeps the answer. torch.compiler.assume_constant_result does that, and imports Dynamo for it.
+without_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_CDNA = {"gfx908", "gfx90a", "gfx942", "gfx950"}
+
+
 class Gpu(NamedTuple):
     """What tile sizes depend on; two alike are equal."""
 
