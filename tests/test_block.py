@@ -19,7 +19,7 @@ from bench import memory
 from fastinception import FastInception, Inception
 from fastinception.googlenet import WIDTHS
 from fastinception.kernels import block as launches
-from fastinception.kernels import configs, entry, target
+from fastinception.kernels import configs, entry, target, weight_gradient
 
 DEVICE = "cpu" if target.interpreted() else "cuda"
 SMALL = (16, 9, (4, 8), (3, 5), 7)
@@ -207,8 +207,18 @@ class Frames:
             assert bool((frame == 0xA5).all() if frame.dtype is torch.uint8 else frame.isnan().all())
 
 
+@pytest.mark.parametrize(
+    ("batch", "images_first", "steps"),
+    [(63, False, 9), (64, True, 9), (65, False, 10), (102, False, 15), (103, True, 18), (160, True, 27)],
+)
+def test_a_step_takes_one_pixel_of_64_images_where_few_are_beyond_the_batch(batch, images_first, steps):
+    tiles, gpu = configs.Tiles(64, 64, 64, num_warps=4, num_stages=2), target.gpu(torch.device("cpu"))
+    division = weight_gradient.divide((batch, 3, 3), [weight_gradient.Product(8, 8, 3, 3)], torch.float32, gpu, tiles)
+    assert (division.images_first, division.steps) == (images_first, steps)
+
+
 @pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("batch", [3, 17, 32])  # a step of a weight gradient takes one pixel of 16 images, if so many
+@pytest.mark.parametrize("batch", [3, 30, 32])  # a step of a weight gradient takes one pixel of 16 images, if so many
 def test_the_backward_stays_inside_its_tensors(monkeypatch, batch, format):
     """Every buffer starts as NaN and lies in NaN: what is read outside, or before it is written, spoils a result."""
     channels_last = torch.channels_last
