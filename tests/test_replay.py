@@ -463,6 +463,16 @@ def test_a_call_with_an_output_of_the_callers_is_replayed_on_that(planned, train
     close([*outs, other], [expected[0], *expected, expected[0]])
 
 
+@pytest.mark.parametrize("train", [False])
+def test_an_output_without_relu_is_another_call(planned, train):
+    net, x = planned
+    out = torch.empty_like(net(x)).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for activation in ("relu", "none", "relu"):
+            inception(x, params_of(net), backend="triton", out=out, activation=activation)
+            assert bool((out < 0).any()) is (activation == "none")
+
+
 # What can be recorded.
 
 

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch._dynamo
 
 from fastinception import Inception, backends
 from fastinception.kernels import target
@@ -25,7 +26,12 @@ CHIPS = {
 def devices(monkeypatch):
     """The device of each of CHIPS."""
     described = {torch.device("cuda", i): target.Gpu("a product", chip) for i, chip in enumerate(CHIPS)}
-    monkeypatch.setattr(target, "gpu", described.__getitem__)
+
+    def gpu(device):
+        torch._dynamo.graph_break()  # no graph may hold what asks a device
+        return described[device]
+
+    monkeypatch.setattr(target, "gpu", gpu)
     monkeypatch.setattr(target, "_MISSING", None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     return dict(zip(CHIPS, described, strict=True))
