@@ -22,9 +22,13 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from fastinception.kernels import configs, target
+from fastinception.kernels import data_gradient as data_gradient_module
 from fastinception.kernels import entry as entry_module
+from fastinception.kernels import entry_gradient as entry_gradient_module
 from fastinception.kernels import library as library_module
 from fastinception.kernels import spatial as spatial_module
+from fastinception.kernels import split as split_module
+from fastinception.kernels import weight_gradient as weight_gradient_module
 from fastinception.kernels.entry import entry
 from fastinception.kernels.spatial import Conv, spatial
 
@@ -567,81 +571,133 @@ def test_nothing_outside_is_read(monkeypatch, engine):
     assert not [address for address in reads for first, end in frames if first <= address < end]
 
 
-def huge(*shape: int) -> Tensor:
-    """Return a channels_last float16 tensor in address space only: no page of it is ever touched."""
-    n, c, h, w = shape
+def huge(n: int, c: int, h: int = 1, w: int = 1, dtype: torch.dtype = torch.float16) -> Tensor:
+    """Return a channels_last tensor in address space only: no page of it is ever touched."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    space = mmap.mmap(-1, 2 * n * c * h * w, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    return torch.frombuffer(space, dtype=torch.float16).view(n, h, w, c).permute(0, 3, 1, 2)
+    space = mmap.mmap(-1, dtype.itemsize * n * c * h * w, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return torch.frombuffer(space, dtype=dtype).view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+class Notes:
+    """Run one program of a grid, and note what it reads and writes: loads give zeros, and no memory is touched.
+
+    ``behind``: which program, counted from the last.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.read: list[np.ndarray] = []
+        self.written: list[np.ndarray] = []
+        self.behind = self.program = 0
+        self.patch = monkeypatch.setattr
+        builder = interpreter.InterpreterBuilder
+        self.patch(builder, "create_masked_load", lambda builder, *args: self.load(*args))
+        self.patch(builder, "create_load", lambda builder, ptr, *args: self.load(ptr, None, None))
+        self.patch(builder, "create_masked_store", lambda builder, *args: self.store(*args))
+        self.patch(builder, "set_grid_idx", lambda builder, *args: setattr(builder, "grid_idx", (self.program, 0, 0)))
+        self.patch(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
+
+    def load(self, ptrs: Any, mask: Any, other: Any, *rest: Any) -> Any:
+        self.read.append(ptrs.data[mask.data.astype(bool)] if mask is not None else ptrs.data.ravel())
+        dtype = interpreter._get_np_dtype(ptrs.get_element_ty())
+        return interpreter.TensorHandle(np.zeros_like(ptrs.data, dtype=dtype), ptrs.get_element_ty())
+
+    def store(self, ptrs: Any, value: Any, mask: Any, *rest: Any) -> None:
+        self.written.append(ptrs.data[mask.data.astype(bool)])
+
+    def once(self, module: Any, name: str) -> None:
+        """Have a module's kernel run its one program only."""
+        kernel = getattr(module, name)
+
+        def at(_: Any, grid: tuple[int]) -> Any:
+            self.program = grid[0] - 1 - self.behind
+            return kernel[(1,)]
+
+        self.patch(module, name, type("Once", (), {"__getitem__": at})())
+
+    def assert_inside(self, *tensors: Tensor) -> None:
+        """Each address lies in one of the tensors, and of a large one the last pixels are among them."""
+        touched = np.unique(np.concatenate([addresses.ravel() for addresses in (*self.read, *self.written)]))
+        known = np.zeros(len(touched), dtype=bool)
+        for t in tensors:
+            inside = (touched >= t.data_ptr()) & (touched < t.data_ptr() + t.nbytes)
+            known |= inside
+            if t.numel() > 2**31:
+                assert inside.any(), t.shape
+                assert touched[inside].min() >= t.data_ptr() + t.itemsize * 2**31
+                assert touched[inside].max() >= t.data_ptr() + t.nbytes - 2 * t.itemsize * t.shape[1]
+        assert known.all(), "an address is in none of the tensors"
+
+
+MANY = 4_400_000, 16, 6, 6  # more elements than int32 counts
 
 
 @needs_interpreter
 @pytest.mark.parametrize("level", ["entry", "spatial", "library"])
 def test_addresses_beyond_two_to_the_31_elements(monkeypatch, level):
-    """The last program of tensors with more elements than int32 counts reads and writes their last pixels.
-
-    No memory is touched: loads give zeros, stores are only noted.
-    """
-    n, c, size = 4_400_000, 16, 6
-    assert n * c * size * size > 2**31
-    x, out = huge(n, c, size, size), huge(n, 2 * c, size, size)
-    small = torch.zeros(c * c, dtype=torch.float16)
-    bias = torch.zeros(c, dtype=torch.float16)
-    loads, stores = [], []
-
-    def load(self, ptrs, mask, other, *rest):
-        loads.append(ptrs.data[mask.data.astype(bool)])
-        dtype = interpreter._get_np_dtype(ptrs.get_element_ty())
-        return interpreter.TensorHandle(np.zeros_like(ptrs.data, dtype=dtype), ptrs.get_element_ty())
-
-    def store(self, ptrs, value, mask, *rest):
-        stores.append(ptrs.data[mask.data.astype(bool)])
-
-    programs: list[int] = []
-
-    def only(self, x, y, z):
-        self.grid_idx = (programs[0], 0, 0)
-
-    class Once:
-        """Run one program of the grid only, and leave the storages alone."""
-
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int]) -> Any:
-            programs[:] = [grid[0] - 1 if not programs else grid[0] - 1 - programs[0]]
-            return self.kernel[(1,)]
-
-    builder = interpreter.InterpreterBuilder
-    monkeypatch.setattr(builder, "create_masked_load", load)
-    monkeypatch.setattr(builder, "create_masked_store", store)
-    monkeypatch.setattr(builder, "set_grid_idx", only)
-    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
-    base, end = out.data_ptr(), out.data_ptr() + 2 * out.numel()
+    """The last program of tensors with more elements than int32 counts reads and writes their last pixels."""
+    n, c, *size = MANY
+    x, out = huge(n, c, *size), huge(n, 2 * c, *size)
+    weight, bias = torch.zeros(c, c, 1, 1, dtype=torch.float16), torch.zeros(c, dtype=torch.float16)
+    notes = Notes(monkeypatch)
+    operands = [x, out, weight, bias]
     if level == "entry":
-        monkeypatch.setattr(entry_module, "_entry_kernel", Once(entry_module._entry_kernel))
-        weight = small.view(c, c, 1, 1)
+        notes.once(entry_module, "_entry_kernel")
         # The last program is a tile of the pooled branch; the GEMM's last tile comes before the pool tiles.
-        for behind in (0, 1):
-            programs[:] = [behind] if behind else []
-            entry(x, (weight,), (bias,), weight, bias, out, c, (), None, 0)
+        dense, mask, codes = huge(*MANY), huge(n * 36, 4, dtype=torch.uint8), huge(n * 36, c, dtype=torch.uint8)
+        pooled = huge(n * 36, c)
+        for notes.behind in (0, 1):
+            entry(x, (weight, weight), (bias, bias), weight, bias, out, c, (dense,), (mask, pooled, codes), 2)
+        operands += [dense, mask, pooled, codes]
     elif level == "library":
-        x = huge(n, c, size, size)
-        monkeypatch.setattr(library_module, "F", mock.Mock(conv2d=lambda *args: x))
-        monkeypatch.setattr(library_module, "_library_kernel", Once(library_module._library_kernel))
-        spatial([Conv(x, small.view(c, c, 1, 1), bias, c)], out, None, tiles=LIBRARY)
+        result = huge(*MANY)
+        monkeypatch.setattr(library_module, "F", mock.Mock(conv2d=lambda *args: result))
+        notes.once(library_module, "_library_kernel")
+        spatial([Conv(x, weight, bias, c)], out, None, tiles=LIBRARY)
+        operands[0] = result
     else:
-        monkeypatch.setattr(spatial_module, "_spatial_kernel", Once(spatial_module._spatial_kernel))
-        weight = small[:c].view(1, c, 1, 1)
-        spatial([Conv(x, weight, bias[:1], 0)], out, None)
-    read = np.concatenate([a[(a < small.data_ptr()) | (a >= small.data_ptr() + small.nbytes)] for a in loads])
-    read = read[(read < bias.data_ptr()) | (read >= bias.data_ptr() + bias.nbytes)]
-    written = np.concatenate(stores)
-    assert read.min() >= x.data_ptr()
-    assert read.max() == x.data_ptr() + 2 * x.numel() - 2
-    last_pixel = end - 2 * 2 * c
-    assert written.min() >= base + 2 * 2**31
-    assert written.max() == (last_pixel if level == "spatial" else end - 2)
+        notes.once(spatial_module, "_spatial_kernel")
+        spatial([Conv(x, weight, bias, c)], out, None)
+    notes.assert_inside(*operands)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("kernel", ["split", "data_gradient", "pool_gradient", "entry_gradient", "weight_gradient"])
+def test_addresses_beyond_two_to_the_31_elements_in_the_backward(monkeypatch, kernel):
+    n, c, height, width = MANY
+    pixels, shape = n * height * width, (n, height, width)
+    gpu, notes = target.gpu(torch.device("cpu")), Notes(monkeypatch)
+    module = entry_gradient_module if kernel == "pool_gradient" else globals()[f"{kernel}_module"]
+    notes.once(module, f"_{kernel}_kernel")
+    images, rows, bytes_ = huge(*MANY), huge(pixels, c), huge(pixels, c, dtype=torch.uint8)
+    weight = torch.zeros(c, c, 3, 3, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    operands = [images, rows]
+    if kernel == "split":
+        partials = torch.empty(split_module.parts(pixels, gpu) * c)
+        split_module.split(images, bytes_, (split_module.Branch(c, 0, c - 2, c, 0),), [rows], partials)
+        operands += [bytes_, partials]
+    elif kernel == "data_gradient":
+        tiles, out = configs.Tiles(32, 32, 16, num_warps=4, num_stages=2), huge(pixels, c)
+        partials = torch.empty(configs.tiles(pixels, tiles.block_m) * c)
+        gradient = data_gradient_module.Gradient(weight.shape, packed=True, relu=True, stride=c)
+        data_gradient_module.data_gradient((gradient,), [rows], [weight], [images], [out], shape, partials, tiles)
+        operands += [out, weight, partials]
+    elif kernel == "pool_gradient":
+        entry_gradient_module.pool_gradient(rows, bytes_, images)
+        operands += [bytes_]
+    elif kernel == "entry_gradient":
+        weight = weight[:, :, :1, :1].contiguous()
+        entry_gradient_module.entry_gradient(rows, (weight,), images)
+        operands += [weight]
+    else:
+        product = weight_gradient_module.Product(c, c, 3, 3)
+        tiles = configs.Tiles(32, 64, 128, num_warps=4, num_stages=2)
+        division = weight_gradient_module.divide(shape, [product], torch.float16, gpu, tiles)
+        division = division._replace(steps_of_part=1, parts=division.steps)
+        notes.behind = 1  # the last tile's taps are those below and right of the last pixel
+        partials = huge(division.parts * c, 9 * c, dtype=torch.float32)
+        weight_gradient_module.weight_gradient((product,), [rows], [images], shape, division, partials)
+        operands += [partials]
+    notes.assert_inside(*operands)
 
 
 class Operators(TorchDispatchMode):
