@@ -54,7 +54,8 @@ class Conv2d(nn.Conv2d):
         return (
             conv_backward.COLUMNS_PAY
             and backends.special_state() is None  # first: a trace would keep, and compare, what is asked of shapes
-            and type(self) is Conv2d  # another class may convolve by its own _conv_forward
+            and type(self) is Conv2d  # another class may convolve by its own _conv_forward, and so may one module
+            and "_conv_forward" not in self.__dict__
             and torch.is_grad_enabled()
             and weight.requires_grad
             and all(type(t) in backends.PLAIN for t in (x, weight, bias) if t is not None)

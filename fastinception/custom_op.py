@@ -76,6 +76,8 @@ def needed(ctx: Any, count: int) -> list[bool]:
     """
     required = [node is not None for node, _ in ctx.next_functions[:count]]
     required += [False] * (count - len(required))  # what is None has no node
+    if torch.compiler.is_compiling():  # compiled autograd traces this, and no node of another function
+        return required
     found, named = list(required), 0
     for i, (node, _) in enumerate(ctx.next_functions[:count]):
         if node is not None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -243,6 +244,19 @@ def test_functorch_inside(backend):
     leaf = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(block(leaf).square().sum(), leaf)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_backward_behind_two_eager_blocks(backend):
+    """Compiled autograd traces what a block's backward asks about the other's."""
+    first, (_, c1, c2, c3, c4) = make(backend), WIDTHS
+    second = FastInception(c1 + c2[1] + c3[1] + c4, *WIDTHS[1:], backend=backend).to(DEVICE)
+    blocks = nn.Sequential(first, second)
+    expected = step(blocks, blocks, image())
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        found = step(blocks, blocks, image())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

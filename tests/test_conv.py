@@ -272,6 +272,9 @@ def test_everything_else_is_torchs(monkeypatch):
     assert not operators(lambda: conv(TwoTensor(x, x)))
     assert not operators(lambda: conv(x.detach().to_mkldnn()))
     assert not operators(lambda: Own(16, 17, 3, padding=1)(x))
+    patched = pair()[0]
+    patched._conv_forward = conv._conv_forward
+    assert not operators(lambda: patched(x))
     assert not operators(lambda: Conv2d(16, 17, 5, padding=2)(x))
     assert not operators(lambda: Conv2d(16, 17, 1)(x))
     assert not operators(lambda: Conv2d(16, 15, 3, padding=1)(x))
