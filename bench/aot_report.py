@@ -6,8 +6,9 @@ python bench/aot_report.py --json new.json                     # with one Triton
 python bench/aot_report.py --against new.json                  # with another: where they differ
 
 A line for each kernel: registers of a thread, bytes of stack, local-memory accesses (spills), shared memory,
-tensor-core instructions, and global loads and stores as count x bytes of a lane. Below it, on NVIDIA, a line for each
-main loop, as cycles of the resource over cycles of the tensor cores: above 1 the resource bounds the loop.
+tensor-core instructions, and global loads and stores as count x bytes of a lane. Below it, on NVIDIA, how many
+subroutines it has (on sm_100 some guard the tensor cores; elsewhere a long division is one), and a line for each main
+loop, as cycles of the resource over cycles of the tensor cores: above 1 the resource bounds the loop.
   issue   instructions x warps / 4 slots
   shared  bytes through the port of shared memory and L1 / 128
   L2      bytes loaded per tensor cycle (an H100 feeds 24 to 32); "<" where L1 may serve some of the loads

@@ -12,6 +12,7 @@ import torch
 
 # Looked up, not imported: that would cost every user half a second, and torch.compile cannot trace the look-up.
 _MISSING = None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
+_CDNA = {"gfx908", "gfx90a", "gfx942", "gfx950"}  # AMD's chips with matrix cores that Triton uses without spills
 MAX_ASM = {torch.bfloat16: "max.NaN.bf16x2 $0, $1, $2;", torch.float16: "max.NaN.f16x2 $0, $1, $2;"}
 # $0, $1 = the maximum of $2 and $4, and its code of $3 and $5: the second's where it is greater. In a window with NaN
 # the code names some pixel of it: to name the last NaN, as ATen does, takes two instructions more in every step.
@@ -65,7 +66,6 @@ def without_products(device: torch.device) -> str | None:
 
 # Dynamo calls it, and keeps the answer. torch.compiler.assume_constant_result does that, and imports Dynamo for it.
 without_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_CDNA = {"gfx908", "gfx90a", "gfx942", "gfx950"}
 
 
 class Gpu(NamedTuple):
