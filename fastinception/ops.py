@@ -120,7 +120,8 @@ def launch_forward(
         run()
     else:
         replay.compile(run, x)
-        known["forward"] = replay.record(run(), operands, results if out is None else saved, results)
+        launched, copies = run()
+        known["forward"] = replay.record(launched, operands, [*(results if out is None else saved), *copies], results)
     return results
 
 
@@ -214,10 +215,7 @@ def triton_gradients(known: replay.Known, grad_out: Tensor, x: Tensor, *args: An
     block, inputs = _launches(), (x, *params)
     grads = [_dense(x, x.shape, custom_op.memory_format(x)) if needs[0] else None]
     grads += [_empty_gradient(t) if need else None for t, need in zip(params, needs[1:], strict=True)]
-    # Also what was saved: a hook (save_on_cpu) may have given it other strides.
-    rows, r2, r3 = (t.contiguous(memory_format=torch.channels_last) for t in (x, *saved[:2]))
-    dense = block.Saved(r2, r3, *(t.contiguous() for t in saved[2:]))
-    run = functools.partial(block.backward, grad_out, rows, params, dense, grads)
+    run = functools.partial(block.backward, grad_out, x, params, block.Saved(*saved), grads)
     if key not in known:
         _check_operands(*operands)
         replay.compile(run, x)

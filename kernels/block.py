@@ -12,8 +12,7 @@ from fastinception.kernels import configs, library, target
 from fastinception.kernels.data_gradient import Gradient, choose_tiles, data_gradient
 from fastinception.kernels.entry import entry
 from fastinception.kernels.entry_gradient import entry_gradient, pool_gradient
-from fastinception.kernels.epilogue import is_channels_last
-from fastinception.kernels.replay import Launched
+from fastinception.kernels.replay import Made
 from fastinception.kernels.spatial import Conv, spatial
 from fastinception.kernels.split import Branch, split
 from fastinception.kernels.split import parts as split_parts
@@ -66,31 +65,27 @@ def empty_saved(x: Tensor, params: Sequence[Tensor], save: bool) -> Saved:
     )
 
 
-def _operands(params: Sequence[Tensor]) -> list[Tensor]:
-    """Return ``params`` with rows the kernels can walk: themselves but for expanded, permuted or sliced ones."""
-    # Written for the host's time: it runs in every call, and nearly all are contiguous.
-    return [p if p.is_contiguous() else _dense(p) for p in params]
+def _dense(made: Made, params: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``params`` as the kernels read them: of another layout, or expanded or sliced, copies."""
+    # Of a contiguous spatial weight, consecutive elements of a tile would lie a kernel's taps apart.
+    return [
+        made.dense(p, torch.channels_last if p.dim() == 4 and p.shape[2:] != (1, 1) else torch.contiguous_format)
+        for p in params
+    ]
 
 
-def _dense(p: Tensor) -> Tensor:
-    spatial_weight = p.dim() == 4 and p.shape[2:] != (1, 1)
-    return p.contiguous(memory_format=torch.channels_last) if spatial_weight else p.contiguous()
-
-
-def forward(
-    x: Tensor, params: Sequence[Tensor], out: Tensor, saved: Saved, *, relu: bool = True
-) -> list[Launched | None]:
+def forward(x: Tensor, params: Sequence[Tensor], out: Tensor, saved: Saved, *, relu: bool = True) -> Made:
     """Write the block of ``x`` to ``out``, ``[N, c1 + c2[1] + c3[1] + c4, H, W]``, and what is ``saved``.
 
-    Without ``relu`` there is none behind any convolution, and no backward for it. Returns what was launched, None for
-    what the library did.
+    Without ``relu`` there is none behind any convolution, and no backward for it.
     """
+    made = Made([], [])
     if x.numel() == 0:
-        return []
-    w1, b1, w21, b21, w22, b22, w31, b31, w32, b32, w42, b42 = _operands(params)
+        return made
+    w1, b1, w21, b21, w22, b22, w31, b31, w32, b32, w42, b42 = _dense(made, params)
     c1, c2, c3, _ = branches = widths(params)
     _, mask2, mask3, mask4, _ = mask_columns(branches)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = made.dense(x, torch.channels_last)
     r2, r3, *kept = saved
     level0 = entry(
         x, (w1, w21, w31), (b1, b21, b31), w42, b42, out, c1 + c2 + c3, (r2, r3),
@@ -100,7 +95,8 @@ def forward(
         Conv(r2, w22, b22, column=c1, mask_column=mask2, padding=(1, 1)),
         Conv(r3, w32, b32, column=c1 + c2, mask_column=mask3, padding=(2, 2)),
     ]
-    return [level0, spatial(level, out, saved.mask, relu=relu)]
+    made.launched.extend((level0, spatial(level, out, saved.mask, relu=relu)))
+    return made
 
 
 # The branches with a spatial convolution, and where its weight is among x and the twelve parameters.
@@ -131,12 +127,11 @@ class _Plan(NamedTuple):
 def _plan(
     shape: torch.Size,
     weights: tuple[torch.Size, ...],
-    packed: tuple[bool, bool],
     needs: tuple[bool, ...],
     dtype: torch.dtype,
     gpu: target.Gpu,
 ) -> _Plan:
-    """Plan a backward, given the weights' shapes and which spatial ones are channels_last."""
+    """Plan a backward, given the weights' shapes."""
     n, channels, height, width = shape
     rows = n * height * width
     c1, c21, c2, c31, c3, c4 = (weight[0] for weight in weights)
@@ -180,10 +175,10 @@ def _plan(
     for i, weight, reached, first, bias in ((1, weights[2], reach2, c1, b21), (2, weights[4], reach3, c1 + c21, b31)):
         if reached:
             sums_at = place(weight[1], tile_rows, (bias, weight[1]))
-            gradients.append(Gradient(weight, packed[i - 1], True, c1 + c21 + c31, first, sums_at))
+            gradients.append(Gradient(weight, True, c1 + c21 + c31, first, sums_at))
             gradient_of.append(i)
     if needs[x]:
-        gradients.append(Gradient(weights[5], True, False, channels))  # a 1x1 weight has both formats
+        gradients.append(Gradient(weights[5], False, channels))
         gradient_of.append(3)
 
     # The merged convolutions count as one.
@@ -218,27 +213,28 @@ def _plan(
 
 def backward(
     grad_out: Tensor, x: Tensor, params: Sequence[Tensor], saved: Saved, grads: Sequence[Tensor | None]
-) -> tuple[list[Launched | None], list[Tensor | None]]:
+) -> Made:
     """Write the gradients of ``x`` and of the twelve params to ``grads``; None is not computed.
 
-    Nothing is added by atomics: the same input gives the same bits. Returns what was launched, None for what the
-    library did, and what was allocated.
+    Nothing is added by atomics: the same input gives the same bits.
 
     Args:
         grad_out: ``[N, c1 + c2[1] + c3[1] + c4, H, W]``, any strides; never written.
-        x, params: what the forward got; x contiguous in channels_last.
-        saved: what the forward kept.
+        x, params: what the forward got.
+        saved: what the forward kept, of any strides: a hook may have changed them.
         grads: each of its tensor's shape; x's contiguous in either memory format, 4-D weights' in channels_last.
     """
-    w1, w21, w22, w31, w32, w42 = _operands(params[::2])
-    r2, r3, mask, pooled, codes = saved
+    made = Made([], [])
+    w1, w21, w22, w31, w32, w42 = _dense(made, params[::2])
+    x, r2, r3 = (made.dense(t, torch.channels_last) for t in (x, saved.r2, saved.r3))
+    mask, pooled, codes = (None if t is None else made.dense(t) for t in saved[2:])
     shape, dtype, device = x.shape, x.dtype, x.device
     n, _, height, width = shape
     size = n, height, width
     rows = n * height * width
     plan = _plan(
-        shape, tuple([w.shape for w in (w1, w21, w22, w31, w32, w42)]), (is_channels_last(w22), is_channels_last(w32)),
-        tuple([grad is not None for grad in grads]), dtype, target.gpu(device),
+        shape, tuple([w.shape for w in (w1, w21, w22, w31, w32, w42)]), tuple([grad is not None for grad in grads]),
+        dtype, target.gpu(device),
     )  # fmt: skip
 
     def empty(columns: int) -> Tensor | None:
@@ -250,7 +246,8 @@ def backward(
     masked: list[Any] = [merged, *map(empty, plan.widths)]
     sums_dtype = torch.float64 if dtype is torch.float64 else torch.float32
     partials = torch.empty(plan.partials, dtype=sums_dtype, device=device)
-    launched: list[Launched | None] = []
+    made.allocated.extend((*masked, grad_pooled, partials))
+    launched = made.launched
     if plan.branches:
         launched.append(split(grad_out, mask, plan.branches, [masked[i] for i in plan.branch_of], partials))
     if plan.gradients:
@@ -273,4 +270,4 @@ def backward(
     if plan.sums:
         results: list[Any] = [grads[i] for i in plan.sum_of]
         launched.append(add_up(plan.sums, results, partials))
-    return launched, [*masked, grad_pooled, partials]
+    return made

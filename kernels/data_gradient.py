@@ -21,7 +21,6 @@ class Gradient(NamedTuple):
     """One convolution with stride 1 whose output has its input's size: the gradient of its input."""
 
     shape: tuple[int, ...]  # of the weight, [O, C, kernel_h, kernel_w]
-    packed: bool  # the weight is channels_last, which reads faster, else contiguous
     relu: bool  # its input is the result of a ReLU
     stride: int  # columns of the matrix that the gradient is written to
     column: int = 0  # the first of them that is written
@@ -33,8 +32,8 @@ def _gradient_tile(
     tile, g_ptr, w_ptr, active_ptr, out_ptr, partials_ptr,
     K, M, H, W,
     C: tl.constexpr, O: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    STRIDE: tl.constexpr, COLUMN: tl.constexpr, BLOCK_N: tl.constexpr, PACKED_WEIGHT: tl.constexpr,
-    RELU: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    STRIDE: tl.constexpr, COLUMN: tl.constexpr, BLOCK_N: tl.constexpr, RELU: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``conv_transpose2d(g, w)``, 0 where the ReLU was not active, for BLOCK_M pixels x BLOCK_N of its O channels.
 
@@ -49,9 +48,7 @@ def _gradient_tile(
     n = offs_m // (H * W)
     h = offs_m // W % H - KH // 2
     w = offs_m % W - KW // 2
-    acc = implicit_gemm(
-        g_ptr, w_ptr, offs_n, n, h, w, mask_m, K, H, W, C, O, KH, KW, True, PACKED_WEIGHT, PRECISION, BLOCK_K
-    )
+    acc = implicit_gemm(g_ptr, w_ptr, offs_n, n, h, w, mask_m, K, H, W, C, O, KH, KW, True, PRECISION, BLOCK_K)
     rows = offs_m.to(tl.int64)[:, None]
     mask = mask_m[:, None] & mask_n[None, :]
     if RELU:
@@ -78,7 +75,7 @@ def _data_gradient_kernel(
                 tile, g_ptrs[i], w_ptrs[i], active_ptrs[i], out_ptrs[i], partials_ptr + sums[i],
                 reductions[i], M, H, W,
                 LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], LEVEL[i][4], LEVEL[i][5], LEVEL[i][6], LEVEL[i][7],
-                LEVEL[i][8], PRECISION, BLOCK_M, BLOCK_K,
+                PRECISION, BLOCK_M, BLOCK_K,
             )  # fmt: skip
         tile -= tiles
 
@@ -98,7 +95,7 @@ def data_gradient(
     Args:
         gradients: what to compute; kernels of odd sizes with 31 taps at most.
         grads: of their outputs, ``[M, O]``, contiguous, with ``M = N*H*W``.
-        weights: ``[O, C, kernel_h, kernel_w]``.
+        weights: ``[O, C, kernel_h, kernel_w]``, contiguous in channels_last.
         actives: for each ReLU its result, ``[N, C, H, W]`` in channels_last, else None.
         outs: rows of pixels, ``[M, stride]``, contiguous.
         shape: N, H and W of all of them.
@@ -129,10 +126,10 @@ def _launch(
 ) -> configs.Launch:
     rows = math.prod(shape)
     level, programs = [], 0
-    for (out_channels, in_channels, kernel_h, kernel_w), packed, relu, stride, column, _ in gradients:
+    for (out_channels, in_channels, kernel_h, kernel_w), relu, stride, column, _ in gradients:
         # At least 32: with 16, ptxas makes every tensor-core instruction of the kernel wait for the last one (sm_90).
         block_n = configs.narrow(tiles.block_n, max(in_channels, 32))
-        level.append((out_channels, in_channels, kernel_h, kernel_w, stride, column, block_n, packed, relu))
+        level.append((out_channels, in_channels, kernel_h, kernel_w, stride, column, block_n, relu))
         programs += configs.tiles(rows, tiles.block_m) * configs.tiles(in_channels, block_n)
     sums = tuple(gradient.sums for gradient in gradients)
     reductions = tuple(o * kernel_h * kernel_w for o, _, kernel_h, kernel_w, *_ in level)

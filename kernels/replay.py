@@ -27,9 +27,27 @@ class Launched(NamedTuple):
     """A launch that was made."""
 
     kernel: Any
-    how: configs.Launch
+    how: configs.Launch | None  # None of what is no kernel of Triton's, and takes the tensors alone
     tensors: tuple[Tensors, ...]
     compiled: Any  # None in the interpreter
+
+
+class Made(NamedTuple):
+    """What a call launched, in order, None for what the library did, and what it allocated: enough to record it."""
+
+    launched: list[Launched | None]
+    allocated: list[Tensor | None]
+
+    def dense(self, t: Tensor, format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        """Return ``t`` if it is contiguous in ``format``, else a copy that is."""
+        if t.is_contiguous(memory_format=format):
+            return t
+        copy = torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=format)
+        self.allocated.append(copy)
+        self.launched.append(Launched(Tensor.copy_, None, (copy, t), None))
+        if _waiting.get() is None:
+            copy.copy_(t)
+        return copy
 
 
 _waiting: ContextVar[list[Launched] | None] = ContextVar("_waiting", default=None)
@@ -71,7 +89,7 @@ def compile(run: Callable[[], Any], x: Tensor) -> None:
     """Compile all kernels that ``run`` launches on x's device, at the same time, and launch none; not on AMD.
 
     One after another, as Triton does when they are launched, those of a training step take several times as long.
-    Whatever else ``run`` does, copies and the library's convolutions, is done.
+    Whatever else ``run`` does, the library's convolutions, is done.
     """
     if _waiting.get() is not None or not compiles_together():
         return
@@ -156,8 +174,8 @@ def record(
         results: of those, what it returned; None is returned as it is.
 
     Returns:
-        None where there is other work than the launches, a copy of an operand for instance, or where two operands are
-        one tensor, so that it could not be told which of them a launch takes.
+        None where there is other work than the launches, or where two operands are one tensor, so that it could not be
+        told which of them a launch takes.
     """
     fresh = [t for t in allocated if t is not None]
     tensors = [*operands, *fresh, None]
@@ -176,7 +194,7 @@ def record(
     try:
         arguments = [tuple(map(place, step.tensors)) for step in made]
     except KeyError:
-        return None  # neither given nor allocated: a copy
+        return None  # neither given nor allocated
     steps = []
     for step, indices in zip(made, arguments, strict=True):
         run, others, constants = _runner(step)
@@ -194,6 +212,8 @@ def _runner(step: Launched) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     storage around a tensor: the same shape and strides end in the same place.
     """
     kernel, how, tensors, compiled = step
+    if how is None:
+        return kernel, (), {}
     if compiled is None:
         return kernel[how.grid], how.sizes, how.constants
     names = kernel.arg_names[len(tensors) + len(how.sizes) :]

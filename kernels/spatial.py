@@ -33,7 +33,6 @@ class Geometry(NamedTuple):
     column: int
     mask_column: int
     block_n: int
-    packed_weight: bool
 
 
 @triton.jit
@@ -50,7 +49,7 @@ def taps_inside(h, w, mask_m, H, W, KH: tl.constexpr, KW: tl.constexpr):
 def implicit_gemm(
     x_ptr, w_ptr, offs_n, n, h, w, mask_m, K, H, W,
     C: tl.constexpr, O: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    TRANSPOSED: tl.constexpr, PACKED_WEIGHT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Return the sums of products ``[BLOCK_M, BLOCK_N]`` of the windows at (h, w) of images n with channels offs_n.
 
@@ -59,17 +58,14 @@ def implicit_gemm(
     Whether a tap lies inside the image is one bit per output pixel, computed once; j past the last tap finds no bit.
     K = KH * KW * C comes as an argument: as a constant LLVM would unroll the whole reduction where it is short.
 
-    The weight is ``[O, C, KH, KW]``. TRANSPOSED it is ``[C, O, KH, KW]`` and its taps are taken from the last to the
-    first: the convolution that gives a data gradient.
+    The weight is ``[O, C, KH, KW]``, channels_last. TRANSPOSED it is ``[C, O, KH, KW]`` and its taps are taken from the
+    last to the first: the convolution that gives a data gradient.
     """
     offs_k = tl.arange(0, BLOCK_K)
     inside = taps_inside(h, w, mask_m, H, W, KH, KW)
     x_rows = x_ptr + (((n.to(tl.int64) * H + h) * W + w) * C)[:, None]
     mask_n = offs_n < O
-    if TRANSPOSED:
-        w_rows = w_ptr + offs_n[None, :] * (1 if PACKED_WEIGHT else KH * KW)
-    else:
-        w_rows = w_ptr + offs_n[None, :] * (KH * KW * C)
+    w_rows = w_ptr + offs_n[None, :] * (1 if TRANSPOSED else KH * KW * C)
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((h.shape[0], offs_n.shape[0]), dtype=dtype)
     for k in range(0, K, BLOCK_K):
@@ -78,10 +74,7 @@ def implicit_gemm(
         mask_w = mask_n[None, :] & (j < KH * KW * C)[:, None]
         x_columns = j + (j // (KW * C)) * ((W - KW) * C)
         x = tl.load(x_rows + x_columns[None, :], mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_K]
-        if TRANSPOSED:
-            w_columns = (j % C) * (KH * KW * O) + (KH * KW - 1 - j // C) * (O if PACKED_WEIGHT else 1)
-        else:
-            w_columns = j if PACKED_WEIGHT else (j % C) * (KH * KW) + j // C
+        w_columns = (j % C) * (KH * KW * O) + (KH * KW - 1 - j // C) * O if TRANSPOSED else j
         weight = tl.load(w_rows + w_columns[:, None], mask=mask_w, other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=dtype)
     return acc
@@ -93,7 +86,7 @@ def _conv_tile(
     K, M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
     C: tl.constexpr, O: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, BLOCK_N: tl.constexpr, PACKED_WEIGHT: tl.constexpr,
+    COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``relu(conv2d(x, w, b))`` for BLOCK_M output pixels x BLOCK_N output channels."""
@@ -107,9 +100,7 @@ def _conv_tile(
     pixel = offs_m % out_pixels
     h = (pixel // OUT_W) * SH - PH
     w = (pixel % OUT_W) * SW - PW
-    acc = implicit_gemm(
-        x_ptr, w_ptr, offs_n, n, h, w, mask_m, K, H, W, C, O, KH, KW, False, PACKED_WEIGHT, PRECISION, BLOCK_K
-    )
+    acc = implicit_gemm(x_ptr, w_ptr, offs_n, n, h, w, mask_m, K, H, W, C, O, KH, KW, False, PRECISION, BLOCK_K)
 
     y = bias_relu(acc, b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty, RELU)
     out_rows = n.to(tl.int64) * stride_on + pixel.to(tl.int64) * stride_op
@@ -137,7 +128,7 @@ def _spatial_kernel(
                 tile, x_ptrs[i], w_ptrs[i], b_ptrs[i], out_ptr, mask_ptr,
                 reductions[i], M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
                 LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], LEVEL[i][4], LEVEL[i][5], LEVEL[i][6], LEVEL[i][7],
-                LEVEL[i][8], LEVEL[i][9], LEVEL[i][10], LEVEL[i][11], PRECISION, SAVE, RELU, BLOCK_M, BLOCK_K,
+                LEVEL[i][8], LEVEL[i][9], LEVEL[i][10], PRECISION, SAVE, RELU, BLOCK_M, BLOCK_K,
             )  # fmt: skip
         tile -= tiles
 
@@ -146,7 +137,7 @@ class Conv(NamedTuple):
     """One convolution of a level: what it reads, its numbers, and where its result goes."""
 
     x: Tensor  # [N, C, H, W], contiguous in channels_last
-    weight: Tensor  # [O, C, kernel_h, kernel_w], contiguous in either memory format; channels_last reads faster
+    weight: Tensor  # [O, C, kernel_h, kernel_w], contiguous in channels_last
     bias: Tensor  # [O], contiguous
     column: int  # first output channel
     mask_column: int = 0  # first byte in the packed ReLU mask
@@ -176,9 +167,7 @@ def spatial(
     Raises:
         ValueError: a kernel has more than 31 taps, more than its bits; not where the library computes it.
     """
-    specs = tuple(
-        [(c.weight.shape, c.stride, c.padding, c.column, c.mask_column, is_channels_last(c.weight)) for c in convs]
-    )
+    specs = tuple([(c.weight.shape, c.stride, c.padding, c.column, c.mask_column) for c in convs])
     gpu = target.gpu(out.device)
     launch, tiles = _launch(
         specs, convs[0].x.shape[2:], out.shape, is_channels_last(out), 0 if mask is None else mask.shape[1],
@@ -216,12 +205,12 @@ def _launch(
         return None, tiles
     level: list[Geometry] = []
     programs = 0
-    for (out_channels, in_channels, kernel_h, kernel_w), stride, padding, column, mask_column, packed in convs:
+    for (out_channels, in_channels, kernel_h, kernel_w), stride, padding, column, mask_column in convs:
         if kernel_h * kernel_w > 31:
             raise ValueError(f"a convolution of at most 31 taps was expected, got {kernel_h}x{kernel_w}")
         block_n = configs.narrow(tiles.block_n, out_channels)
         geometry = (in_channels, out_channels, kernel_h, kernel_w, *stride, *padding)
-        level.append(Geometry(*geometry, column, mask_column, block_n, packed))
+        level.append(Geometry(*geometry, column, mask_column, block_n))
         programs += configs.tiles(rows, tiles.block_m) * configs.tiles(out_channels, block_n)
     reductions = tuple(conv.in_channels * conv.kernel_h * conv.kernel_w for conv in level)
     sizes = (reductions, rows, *size, out_height, out_width, *out_strides(out_shape, channels_last), mask_bytes)

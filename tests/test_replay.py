@@ -508,10 +508,10 @@ def test_a_replay_launches_on_the_operands_and_on_memory_of_its_own():
     assert len({t.data_ptr() for t in (out, scratch, result, four)}) == 4
 
 
-@pytest.mark.parametrize("why", ["nothing launched", "other work", "a copy", "a copy among many", "one tensor twice"])
+@pytest.mark.parametrize("why", ["nothing launched", "other work", "unknown", "unknown among many", "one tensor twice"])
 def test_what_cannot_be_recorded(why):
     kernel, launch = Kernel(), configs.launch(3, (1, 2), BLOCK=4)
-    a, b, out, copy = (torch.zeros(2, device=DEVICE) for _ in range(4))
+    a, b, out, other = (torch.zeros(2, device=DEVICE) for _ in range(4))
     launched = [replay.launch(kernel, launch, a, (b, None), out)]
     assert replay.record(launched, [a, b], [out], [out]) is not None
     operands = [a, b]
@@ -519,10 +519,10 @@ def test_what_cannot_be_recorded(why):
         launched = []
     elif why == "other work":
         launched.append(None)
-    elif why == "a copy":
-        launched.append(replay.launch(kernel, launch, copy, (b, None), out))
-    elif why == "a copy among many":
-        launched.append(replay.launch(kernel, launch, a, (b, copy), out))
+    elif why == "unknown":
+        launched.append(replay.launch(kernel, launch, other, (b, None), out))
+    elif why == "unknown among many":
+        launched.append(replay.launch(kernel, launch, a, (b, other), out))
     else:
         operands.append(a)
     assert replay.record(launched, operands, [out], [out]) is None
