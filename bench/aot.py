@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from bench import sass
+from bench.harness import LAYOUTS
 from fastinception import ops
 from fastinception.googlenet import WIDTHS, Widths
 from fastinception.kernels import (
@@ -70,13 +71,14 @@ KERNELS = {
 
 
 class Case(NamedTuple):
-    """What is compiled: a chip, a block of GoogLeNet, a dtype, ``"train"`` or ``"infer"``, and batch x side."""
+    """What is compiled: a chip, a block of GoogLeNet, a dtype, ``"train"`` or ``"infer"``, batch x side, a layout."""
 
     chip: str
     block: str
     dtype: str
     mode: str
     images: str
+    layout: str
 
 
 class Part(NamedTuple):
@@ -103,17 +105,17 @@ class _Recorder:
 
 
 def block_operands(
-    widths: Widths, dtype: torch.dtype, batch: int, size: int, device: str
+    widths: Widths, dtype: torch.dtype, batch: int, size: int, device: str, layout: str = "channels_last"
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return a channels_last input and the twelve parameters as the module creates them, in channels_last."""
+    """Return an input and the twelve parameters as the module creates them."""
     k, c1, c2, c3, c4 = widths
-    x = torch.empty((batch, k, size, size), dtype=dtype, device=device, memory_format=torch.channels_last)
+    x = torch.empty((batch, k, size, size), dtype=dtype, device=device, memory_format=LAYOUTS[layout])
     shapes = ((c1, k, 1), (c2[0], k, 1), (c2[1], c2[0], 3), (c3[0], k, 1), (c3[1], c3[0], 5), (c4, k, 1))
     params = []
     for out_channels, in_channels, kernel in shapes:
         weight = torch.empty((out_channels, in_channels, kernel, kernel), dtype=dtype, device=device)
         bias = torch.empty((out_channels,), dtype=dtype, device=device)
-        params += [weight.contiguous(memory_format=torch.channels_last), bias]
+        params += [weight.contiguous(memory_format=LAYOUTS[layout]), bias]
     return x, params
 
 
@@ -128,7 +130,13 @@ def launch_block(x: Tensor, params: list[Tensor], save: bool, chip: str) -> None
 
 
 def launches(
-    chip: str, widths: Widths, dtype: torch.dtype, save: bool, batch: int = 128, size: int = 14
+    chip: str,
+    widths: Widths,
+    dtype: torch.dtype,
+    save: bool,
+    batch: int = 128,
+    size: int = 14,
+    layout: str = "channels_last",
 ) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """Return for each kernel its JIT function and the arguments with which one block launches it, on meta tensors."""
     names = list(KERNELS) if save else ["entry", "spatial"]
@@ -137,7 +145,7 @@ def launches(
     with contextlib.ExitStack() as patched:
         for name in names:
             patched.enter_context(mock.patch.object(KERNELS[name], f"_{name}_kernel", recorders[name]))
-        launch_block(*block_operands(widths, dtype, batch, size, "meta"), save, chip)
+        launch_block(*block_operands(widths, dtype, batch, size, "meta", layout), save, chip)
     return {name: (functions[name], recorders[name].args, recorders[name].kwargs) for name in names}
 
 
@@ -229,7 +237,8 @@ def measure(case: Case, kernels: Collection[str] = tuple(KERNELS)) -> list[dict[
     dtype = DTYPES[case.dtype]
     rows = []
     batch, side = map(int, case.images.split("x"))
-    for name, launch in launches(case.chip, WIDTHS[case.block], dtype, case.mode == "train", batch, side).items():
+    arguments = case.chip, WIDTHS[case.block], dtype, case.mode == "train", batch, side, case.layout
+    for name, launch in launches(*arguments).items():
         if name not in kernels:
             continue
         kernel = compile_launch(*launch, case.chip)

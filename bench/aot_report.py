@@ -2,6 +2,7 @@
 
 python bench/aot_report.py                                     # all blocks on sm_90, two on the other chips
 python bench/aot_report.py --chips sm_90 --blocks 3a --dtypes fp16 --mode train infer
+python bench/aot_report.py --chips sm_90 --layout NCHW --images 128x7     # x, weights and output
 python bench/aot_report.py --json new.json                     # with one Triton
 python bench/aot_report.py --against new.json                  # with another: where they differ
 
@@ -34,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from bench.harness import LAYOUTS
 from bench.record import commit, write_json
 from fastinception.googlenet import WIDTHS
 from fastinception.kernels import target
@@ -44,7 +46,7 @@ KERNELS = (
     "entry", "spatial",
     "split", "data_gradient", "pool_gradient", "entry_gradient", "weight_gradient", "sum",
 )  # fmt: skip
-KEY = ("chip", "block", "images", "dtype", "mode", "kernel")
+KEY = ("chip", "block", "images", "layout", "dtype", "mode", "kernel")
 
 
 def _measure(case: tuple[str, ...], kernels: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -57,7 +59,9 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, ...]]:
     """Return the product of what was asked for; where no blocks were named, two stand for all but on sm_90."""
     return [
         case
-        for case in itertools.product(args.chips, args.blocks or WIDTHS, args.dtypes, args.mode, [args.images])
+        for case in itertools.product(
+            args.chips, args.blocks or WIDTHS, args.dtypes, args.mode, [args.images], args.layout
+        )
         if args.blocks or case[0] == "sm_90" or case[1] in ("3a", "4e")
     ]
 
@@ -80,7 +84,7 @@ def lines(row: dict[str, Any]) -> list[str]:
     """Lay out one kernel and its main loops."""
     name = " ".join(row[key] for key in KEY)
     text = [
-        f"{name:39} regs {row['registers']:3}  stack {row['stack']}  local {row['local']}  "
+        f"{name:56} regs {row['registers']:3}  stack {row['stack']}  local {row['local']}  "
         f"shared {row['shared'] / 1024:5.1f} KB  tensor-core {row['tensor_core']:3}  "
         f"loads {_widths(row['loads'])}  stores {_widths(row['stores'])}"
     ]
@@ -142,6 +146,9 @@ def _parser() -> argparse.ArgumentParser:
         "--images", type=_images, default="128x14", metavar="BATCHxSIDE",
         help="of the block's input, which decides the tiles where it is small; default: 128x14",
     )  # fmt: skip
+    parser.add_argument(
+        "--layout", nargs="+", choices=LAYOUTS, default=["channels_last"], help="default: channels_last"
+    )
     parser.add_argument(
         "--kernels", nargs="+", choices=KERNELS, default=KERNELS, metavar="KERNEL", help=" ".join(KERNELS)
     )

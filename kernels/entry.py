@@ -15,9 +15,9 @@ from fastinception.kernels.epilogue import (
     choosable,
     follow_predecessor,
     is_channels_last,
-    out_offsets,
+    out_run,
     out_strides,
-    store_active,
+    store_result,
 )
 from fastinception.kernels.replay import Launched
 
@@ -27,7 +27,8 @@ def _gemm_tile(
     row_tile, column_tile, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
     M, K, pixels, stride_on, stride_op, stride_oc, stride_mask,
     WIDTHS: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, AMD: tl.constexpr, PRECISION: tl.constexpr,
-    SAVE: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``relu(x @ w.T + b)`` for one tile of the convolutions side by side, each column stored where it belongs."""
     offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -65,11 +66,10 @@ def _gemm_tile(
 
     y = bias_relu(acc, b_columns, 0, mask_n, out_ptr.dtype.element_ty, RELU)
     rows = offs_m.to(tl.int64)
-    out_rows = out_offsets(offs_m, pixels, stride_on, stride_op)
-    out = out_ptr + out_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_oc
-    tl.store(out, y, mask=mask_m[:, None] & (offs_n < WIDTHS[0])[None, :])
-    if SAVE:
-        store_active(mask_ptr, y, offs_m, offs_n, mask_m, WIDTHS[0], stride_mask, BLOCK_M, BLOCK_N)
+    store_result(
+        out_ptr, mask_ptr, y, offs_m, M, column_tile * BLOCK_N, WIDTHS[0],
+        pixels, stride_on, stride_op, stride_oc, stride_mask, 0, 0, SAVE, RUN,
+    )  # fmt: skip
     start = WIDTHS[0]
     for i in tl.static_range(1, len(WIDTHS)):
         columns = offs_n - start
@@ -146,7 +146,7 @@ def _pool_tile(
     M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
     C4: tl.constexpr, COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, EVEN_K: tl.constexpr,
     PTX: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``relu(max_pool2d(x, 3, 1, 1) @ w.T + b)`` for one tile; the first column tile keeps what the pool found.
 
@@ -157,7 +157,6 @@ def _pool_tile(
     offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_m = offs_m < M
     mask_n = offs_n < C4
     pixel = tl.minimum(offs_m, M - 1)
     h = (pixel // W) % H
@@ -186,11 +185,10 @@ def _pool_tile(
         )  # fmt: skip
 
     y = bias_relu(tl.trans(acc), b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty, RELU)
-    out_rows = out_offsets(offs_m, H * W, stride_on, stride_op)
-    out = out_ptr + out_rows[:, None] + (COLUMN + offs_n).to(tl.int64)[None, :] * stride_oc
-    tl.store(out, y, mask=mask_m[:, None] & mask_n[None, :])
-    if SAVE:
-        store_active(mask_ptr + MASK_COLUMN, y, offs_m, offs_n, mask_m, C4, stride_mask, BLOCK_M, BLOCK_N)
+    store_result(
+        out_ptr, mask_ptr, y, offs_m, M, column_tile * BLOCK_N, C4,
+        H * W, stride_on, stride_op, stride_oc, stride_mask, COLUMN, MASK_COLUMN, SAVE, RUN,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -201,7 +199,8 @@ def _entry_kernel(
     POOL_WIDTH: tl.constexpr, POOL_COLUMN: tl.constexpr, POOL_MASK_COLUMN: tl.constexpr,
     EVEN_K: tl.constexpr, POOL_EVEN_K: tl.constexpr, ALIGNED: tl.constexpr,
     AMD: tl.constexpr, PTX: tl.constexpr, MAX_ASM: tl.constexpr,
-    PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     POOL_M: tl.constexpr, POOL_N: tl.constexpr, POOL_K: tl.constexpr,
 ):  # fmt: skip
@@ -224,7 +223,7 @@ def _entry_kernel(
         _gemm_tile(
             row_tile, tile, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
             M, K, H * W, stride_on, stride_op, stride_oc, stride_mask,
-            WIDTHS, EVEN_K, ALIGNED, AMD, PRECISION, SAVE, RELU, BLOCK_M, BLOCK_N, BLOCK_K,
+            WIDTHS, EVEN_K, ALIGNED, AMD, PRECISION, SAVE, RELU, RUN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         pool_tile = tile - GEMM_TILES
@@ -232,7 +231,7 @@ def _entry_kernel(
             row_tile * (BLOCK_M // POOL_M) + pool_tile // POOL_COLUMNS, pool_tile % POOL_COLUMNS,
             x_ptr, pool_w_ptr, pool_b_ptr, out_ptr, mask_ptr, pooled_ptr, codes_ptr,
             M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
-            POOL_WIDTH, POOL_COLUMN, POOL_MASK_COLUMN, POOL_EVEN_K, PTX, MAX_ASM, PRECISION, SAVE, RELU,
+            POOL_WIDTH, POOL_COLUMN, POOL_MASK_COLUMN, POOL_EVEN_K, PTX, MAX_ASM, PRECISION, SAVE, RELU, RUN,
             POOL_M, POOL_N, POOL_K,
         )  # fmt: skip
 
@@ -318,7 +317,8 @@ def _launch(
     pool_n = configs.narrow(pool_n, max(pool_width, 64))
     gemm_tiles = 0 if part == "pool" else configs.tiles(sum(widths), tiles.block_n)
     pool_tiles = 0 if part == "gemm" else tiles.block_m // pool_m * configs.tiles(pool_width, pool_n)
-    strides = out_strides((n, out_channels, height, width), channels_last)
+    out_shape = n, out_channels, height, width
+    strides = out_strides(out_shape, channels_last)
     return configs.launch(
         configs.tiles(rows, tiles.block_m) * (gemm_tiles + pool_tiles),
         (rows, channels, height, width, *strides, mask_bytes),
@@ -327,7 +327,7 @@ def _launch(
         EVEN_K=channels % tiles.block_k == 0, POOL_EVEN_K=channels % pool_k == 0,
         ALIGNED=aligned and channels * dtype.itemsize % 16 == 0,
         AMD=gpu.is_amd, PTX=gpu.runs_ptx, MAX_ASM=target.max_asm(gpu, dtype, with_codes=save), PRECISION=precision,
-        SAVE=save, RELU=relu, INTERLEAVED=tiles.interleaved,
+        SAVE=save, RELU=relu, RUN=out_run(out_shape, channels_last), INTERLEAVED=tiles.interleaved,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
         POOL_M=pool_m, POOL_N=pool_n, POOL_K=pool_k, **tiles.options(gpu),
     )  # fmt: skip

@@ -10,14 +10,21 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
-from fastinception.kernels.epilogue import choosable, follow_predecessor, is_channels_last, out_offsets, out_strides
+from fastinception.kernels.epilogue import (
+    choosable,
+    follow_predecessor,
+    is_channels_last,
+    out_run,
+    out_strides,
+    store_out,
+)
 from fastinception.kernels.replay import Launched
 
 
 @triton.jit
 def _pool_gradient_kernel(
     grad_ptr, codes_ptr, out_ptr, M, K, H, W, stride_on, stride_op, stride_oc,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gather, for BLOCK_M pixels x BLOCK_N channels, the gradients of the windows whose maximum the pixel is.
 
@@ -25,7 +32,8 @@ def _pool_gradient_kernel(
     """
     COLUMN_TILES = tl.cdiv(K, BLOCK_N)
     offs_m = (tl.program_id(0) // COLUMN_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = (tl.program_id(0) % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = (tl.program_id(0) % COLUMN_TILES) * BLOCK_N
+    offs_n = first + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
     mask_n = offs_n < K
     h = offs_m // W % H
@@ -41,25 +49,23 @@ def _pool_gradient_kernel(
         codes = tl.load(codes_ptr + offsets, mask=mask, other=255)
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
         acc += tl.where(codes == tap // 3 * 4 + tap // 6 * 4 + tap % 3 + tap % 3 // 2, grad.to(dtype), 0.0)
-    out_rows = out_offsets(offs_m, H * W, stride_on, stride_op)
-    out = out_ptr + out_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_oc
-    tl.store(out, acc, mask=mask_m[:, None] & mask_n[None, :])
+    store_out(out_ptr, acc, offs_m, M, first, K, H * W, stride_on, stride_op, stride_oc, 0, RUN)
 
 
 @triton.jit
 def _entry_gradient_kernel(
     g_ptr, w_ptrs, out_ptr, M, K, COLUMNS, pixels, stride_on, stride_op, stride_oc,
     WIDTHS: tl.constexpr, STRIDE: tl.constexpr, EVEN_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, AMD: tl.constexpr,
+    PRECISION: tl.constexpr, AMD: tl.constexpr, RUN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Add ``g @ w`` for one tile to ``out``, with the convolutions' weights below one another."""
     follow_predecessor(PDL)
     COLUMN_TILES = tl.cdiv(K, BLOCK_N)
     offs_m = (tl.program_id(0) // COLUMN_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = (tl.program_id(0) % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = (tl.program_id(0) % COLUMN_TILES) * BLOCK_N
+    offs_n = first + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_m = offs_m < M
     mask_n = offs_n < K
     # Rows past the end read the last row instead of a masked one: their results are never stored. STRIDE is COLUMNS as
     # a constant: the compiler must know its alignment where it is no multiple of 16. As a bound it unrolls the loop.
@@ -69,10 +75,10 @@ def _entry_gradient_kernel(
     for k in range(0, COLUMNS, BLOCK_K):
         j = k + offs_k
         w_rows = choosable(w_ptrs[0], j * K, AMD)
-        first = WIDTHS[0]
+        start = WIDTHS[0]
         for i in tl.static_range(1, len(WIDTHS)):
-            w_rows = tl.where(j < first, w_rows, choosable(w_ptrs[i], (j - first) * K, AMD))
-            first += WIDTHS[i]
+            w_rows = tl.where(j < start, w_rows, choosable(w_ptrs[i], (j - start) * K, AMD))
+            start += WIDTHS[i]
         w_rows = w_rows.to(w_ptrs[0].dtype)
         if ALIGNED:  # Triton forgets it in tl.where, and then copies the weights two bytes at a time, unpipelined
             w_rows = tl.multiple_of(w_rows, 16)
@@ -84,11 +90,7 @@ def _entry_gradient_kernel(
             g = tl.load(g_rows + j[None, :], mask=mask_k[None, :], other=0.0)
             w = tl.load(w_rows[:, None] + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(g, w, acc, input_precision=PRECISION, out_dtype=dtype)
-    out_rows = out_offsets(offs_m, pixels, stride_on, stride_op)
-    out = out_ptr + out_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_oc
-    mask = mask_m[:, None] & mask_n[None, :]
-    acc += tl.load(out, mask=mask, other=0.0).to(dtype)
-    tl.store(out, acc, mask=mask)
+    store_out(out_ptr, acc, offs_m, M, first, K, pixels, stride_on, stride_op, stride_oc, 0, RUN, ADD=True)
 
 
 def pool_gradient(grad: Tensor, codes: Tensor, out: Tensor) -> Launched:
@@ -111,7 +113,7 @@ def _pool_launch(shape: torch.Size, channels_last: bool, gpu: target.Gpu) -> con
     tiles = configs.tiles(rows, config.block_m) * configs.tiles(channels, config.block_n)
     return configs.launch(
         tiles, (rows, channels, height, width, *out_strides(shape, channels_last)),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        RUN=out_run(shape, channels_last), BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
     )  # fmt: skip
 
 
@@ -158,6 +160,6 @@ def _entry_launch(
         programs, sizes,
         WIDTHS=widths, STRIDE=columns, EVEN_COLUMNS=columns % tiles.block_k == 0,
         ALIGNED=aligned and channels * dtype.itemsize % 16 == 0,
-        PRECISION=precision, AMD=gpu.is_amd,
+        PRECISION=precision, AMD=gpu.is_amd, RUN=out_run(shape, channels_last),
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, **tiles.options(gpu),
     )  # fmt: skip

@@ -1,4 +1,6 @@
-"""Begin and finish a tile of any level: bias, ReLU, one rounding, and the packed ReLU mask that the backward needs."""
+"""Begin and finish a tile of any level: bias, ReLU, one rounding, and where it is stored, with the packed ReLU mask."""
+
+import math
 
 import torch
 import triton
@@ -15,12 +17,6 @@ def follow_predecessor(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def out_offsets(offs_m, pixels, stride_on, stride_op):
-    """Return in int64 where pixels lie in the output. Divided in int32: longer, each is the call of a subroutine."""
-    return (offs_m // pixels).to(tl.int64) * stride_on + (offs_m % pixels).to(tl.int64) * stride_op
 
 
 @triton.jit
@@ -41,23 +37,87 @@ def bias_relu(acc, b_ptr, offs_n, mask_n, dtype: tl.constexpr, RELU: tl.constexp
 
 
 @triton.jit
-def store_active(
-    mask_ptr, y, offs_m, offs_n, mask_m, columns, stride_mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def store_result(
+    out_ptr, mask_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, stride_mask,
+    COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, SAVE: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of a branch as ``store_out`` does, and with SAVE its packed ReLU mask from MASK_COLUMN on."""
+    # In NCHW the mask first: the output's many addresses and what both are made of would not fit the registers.
+    if SAVE and RUN > 0:
+        _store_active(mask_ptr + MASK_COLUMN, y, offs_m, M, first, columns, stride_mask)
+    store_out(out_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, COLUMN, RUN)
+    if SAVE and RUN == 0:
+        _store_active(mask_ptr + MASK_COLUMN, y, offs_m, M, first, columns, stride_mask)
+
+
+@triton.jit
+def _store_active(mask_ptr, y, offs_m, M, first, columns, stride_mask):
     """Store one bit an element, set where ReLU passes the gradient: channel ``8*b + i`` is bit ``i`` of byte ``b``."""
+    BLOCK_M: tl.constexpr = y.shape[0]
+    BLOCK_N: tl.constexpr = y.shape[1]
+    offs_n = first + tl.arange(0, BLOCK_N)
     active = ((y <= 0.0) == 0) & (offs_n < columns)[None, :]  # [BLOCK_M, BLOCK_N]
     bits = tl.reshape(active.to(tl.int32), (BLOCK_M, BLOCK_N // 8, 8)) << tl.arange(0, 8)[None, None, :]
     offs_b = tl.min(tl.reshape(offs_n, (BLOCK_N // 8, 8)), axis=1) // 8  # [BLOCK_N // 8]
     tl.store(
         mask_ptr + offs_m.to(tl.int64)[:, None] * stride_mask + offs_b[None, :],
         tl.sum(bits, axis=2).to(tl.uint8),
-        mask=mask_m[:, None] & (offs_b * 8 < columns)[None, :],
+        mask=(offs_m < M)[:, None] & (offs_b * 8 < columns)[None, :],
     )
+
+
+@triton.jit
+def store_out(
+    out_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc,
+    COLUMN: tl.constexpr, RUN: tl.constexpr, ADD: tl.constexpr = False,
+):  # fmt: skip
+    """Store ``y``, with ADD its sum with what is there: from channel ``first`` on, as far as there are ``columns``.
+
+    They are the output's from COLUMN on. RUN is from ``out_run``.
+    """
+    HALF: tl.constexpr = y.shape[1] // 2
+    if RUN == 1:  # an address for each element: with ADD, those of all at once do not fit the registers
+        left, right = tl.split(tl.permute(tl.reshape(y, (y.shape[0], 2, HALF)), (0, 2, 1)))
+        _store_part(out_ptr, left, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, COLUMN, RUN, ADD)
+        _store_part(
+            out_ptr, right, offs_m, M, first + HALF, columns,
+            pixels, stride_on, stride_op, stride_oc, COLUMN, RUN, ADD,
+        )  # fmt: skip
+    else:
+        _store_part(out_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, COLUMN, RUN, ADD)
+
+
+@triton.jit
+def _store_part(
+    out_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc,
+    COLUMN: tl.constexpr, RUN: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    offs_n = first + tl.arange(0, y.shape[1])
+    mask_m = offs_m < M
+    # Divided in int32: in int64 each division is the call of a subroutine.
+    rows = (offs_m // pixels).to(tl.int64) * stride_on + (offs_m % pixels).to(tl.int64) * stride_op
+    channels = (COLUMN + offs_n).to(tl.int64) * stride_oc
+    if RUN > 0:
+        # What is contiguous decides along what the lanes lie, and how wide accesses are, as far as it is aligned, too.
+        # Odd images align nothing: there 2 makes nothing wider, and without it Triton 3.9 lays lanes along channels.
+        rows = tl.multiple_of(tl.max_contiguous(rows, max(RUN, 2)), RUN)
+        channels = tl.multiple_of(channels, RUN)
+        mask_m = tl.max_constancy(mask_m, RUN)  # of what was made here: a hint on a parameter is lost
+    out = out_ptr + rows[:, None] + channels[None, :]
+    mask = mask_m[:, None] & (offs_n < columns)[None, :]
+    if ADD:
+        y += tl.load(out, mask=mask, other=0.0).to(y.dtype)
+    tl.store(out, y, mask=mask)
 
 
 def is_channels_last(t: Tensor) -> bool:
     """Tell which of the two memory formats a contiguous ``[N, C, H, W]`` has."""
     return t.is_contiguous(memory_format=torch.channels_last)
+
+
+def out_run(shape: tuple[int, ...], channels_last: bool) -> int:
+    """Return how many pixels lie side by side from each multiple of it on, 16 at most; 0 where channels do."""
+    return 0 if channels_last else math.gcd(shape[2] * shape[3], 16)
 
 
 def out_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, int, int]:

@@ -17,9 +17,9 @@ from fastinception.kernels.epilogue import (
     bias_relu,
     follow_predecessor,
     is_channels_last,
-    out_offsets,
+    out_run,
     out_strides,
-    store_active,
+    store_result,
 )
 
 if TYPE_CHECKING:
@@ -30,30 +30,30 @@ if TYPE_CHECKING:
 def _finish_tile(
     tile, y_ptr, b_ptr, out_ptr, mask_ptr, M, pixels, stride_on, stride_op, stride_oc, stride_mask,
     O: tl.constexpr, COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, BLOCK_N: tl.constexpr,
-    SAVE: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr,
+    SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """``relu(y + b)`` for BLOCK_M pixels x BLOCK_N channels of y ``[M, O]``, row-major."""
     COLUMN_TILES: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
+    first = (tile % COLUMN_TILES) * BLOCK_N
     offs_m = (tile // COLUMN_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = (tile % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = first + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
     mask_n = offs_n < O
-    mask = mask_m[:, None] & mask_n[None, :]
     rows = offs_m.to(tl.int64)
-    y = tl.load(y_ptr + rows[:, None] * O + offs_n[None, :], mask=mask, other=0.0)
+    y = tl.load(y_ptr + rows[:, None] * O + offs_n[None, :], mask=mask_m[:, None] & mask_n[None, :], other=0.0)
     y = y.to(tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32)
     y = bias_relu(y, b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty, RELU)
-    out_rows = out_offsets(offs_m, pixels, stride_on, stride_op)
-    out = out_ptr + out_rows[:, None] + (COLUMN + offs_n).to(tl.int64)[None, :] * stride_oc
-    tl.store(out, y, mask=mask)
-    if SAVE:
-        store_active(mask_ptr + MASK_COLUMN, y, offs_m, offs_n, mask_m, O, stride_mask, BLOCK_M, BLOCK_N)
+    store_result(
+        out_ptr, mask_ptr, y, offs_m, M, first, O,
+        pixels, stride_on, stride_op, stride_oc, stride_mask, COLUMN, MASK_COLUMN, SAVE, RUN,
+    )  # fmt: skip
 
 
 @triton.jit
 def _library_kernel(
     y_ptrs, b_ptrs, out_ptr, mask_ptr, M, pixels, stride_on, stride_op, stride_oc, stride_mask,
-    LEVEL: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
+    LEVEL: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr,
+    BLOCK_M: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of one convolution's result: the tiles of the list's convolutions follow one another."""
     follow_predecessor(PDL)
@@ -65,7 +65,7 @@ def _library_kernel(
             _finish_tile(
                 tile, y_ptrs[i], b_ptrs[i], out_ptr, mask_ptr,
                 M, pixels, stride_on, stride_op, stride_oc, stride_mask,
-                LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], SAVE, RELU, BLOCK_M,
+                LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], SAVE, RELU, RUN, BLOCK_M,
             )  # fmt: skip
         tile -= tiles
 
@@ -89,9 +89,10 @@ def library(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, relu: bool,
         level.append((channels, conv.column, conv.mask_column, block_n))
         programs += configs.tiles(n * pixels, tiles.block_m) * configs.tiles(channels, block_n)
     strides, mask_bytes = out_strides(out.shape, is_channels_last(out)), 0 if mask is None else mask.shape[1]
+    run = out_run(out.shape, is_channels_last(out))
     launch = configs.launch(
         programs, (n * pixels, pixels, *strides, mask_bytes),
-        LEVEL=tuple(level), SAVE=mask is not None, RELU=relu, BLOCK_M=tiles.block_m,
+        LEVEL=tuple(level), SAVE=mask is not None, RELU=relu, RUN=run, BLOCK_M=tiles.block_m,
         **tiles.options(target.gpu(out.device)),
     )  # fmt: skip
     with target.device_of(out):

@@ -14,7 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
-from fastinception.kernels.epilogue import bias_relu, follow_predecessor, is_channels_last, out_strides, store_active
+from fastinception.kernels.epilogue import (
+    bias_relu,
+    follow_predecessor,
+    is_channels_last,
+    out_run,
+    out_strides,
+    store_result,
+)
 from fastinception.kernels.library import library
 from fastinception.kernels.replay import Launched
 
@@ -86,13 +93,14 @@ def _conv_tile(
     K, M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
     C: tl.constexpr, O: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``relu(conv2d(x, w, b))`` for BLOCK_M output pixels x BLOCK_N output channels."""
     COLUMN_TILES: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
+    first = (tile % COLUMN_TILES) * BLOCK_N
     offs_m = (tile // COLUMN_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = (tile % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = first + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
     mask_n = offs_n < O
     out_pixels = OUT_H * OUT_W
@@ -103,18 +111,17 @@ def _conv_tile(
     acc = implicit_gemm(x_ptr, w_ptr, offs_n, n, h, w, mask_m, K, H, W, C, O, KH, KW, False, PRECISION, BLOCK_K)
 
     y = bias_relu(acc, b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty, RELU)
-    out_rows = n.to(tl.int64) * stride_on + pixel.to(tl.int64) * stride_op
-    out = out_ptr + out_rows[:, None] + (COLUMN + offs_n).to(tl.int64)[None, :] * stride_oc
-    tl.store(out, y, mask=mask_m[:, None] & mask_n[None, :])
-    if SAVE:
-        store_active(mask_ptr + MASK_COLUMN, y, offs_m, offs_n, mask_m, O, stride_mask, BLOCK_M, BLOCK_N)
+    store_result(
+        out_ptr, mask_ptr, y, offs_m, M, first, O,
+        out_pixels, stride_on, stride_op, stride_oc, stride_mask, COLUMN, MASK_COLUMN, SAVE, RUN,
+    )  # fmt: skip
 
 
 @triton.jit
 def _spatial_kernel(
     x_ptrs, w_ptrs, b_ptrs, out_ptr, mask_ptr, reductions,
     M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
-    LEVEL: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr,
+    LEVEL: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of one convolution: the tiles of the list's convolutions follow one another."""
@@ -128,7 +135,7 @@ def _spatial_kernel(
                 tile, x_ptrs[i], w_ptrs[i], b_ptrs[i], out_ptr, mask_ptr,
                 reductions[i], M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
                 LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], LEVEL[i][4], LEVEL[i][5], LEVEL[i][6], LEVEL[i][7],
-                LEVEL[i][8], LEVEL[i][9], LEVEL[i][10], PRECISION, SAVE, RELU, BLOCK_M, BLOCK_K,
+                LEVEL[i][8], LEVEL[i][9], LEVEL[i][10], PRECISION, SAVE, RELU, RUN, BLOCK_M, BLOCK_K,
             )  # fmt: skip
         tile -= tiles
 
@@ -217,6 +224,6 @@ def _launch(
     launch = configs.launch(
         programs, sizes,
         LEVEL=tuple(tuple(geometry) for geometry in level), PRECISION=precision, SAVE=mask_bytes > 0, RELU=relu,
-        BLOCK_M=tiles.block_m, BLOCK_K=tiles.block_k, **tiles.options(gpu),
+        RUN=out_run(out_shape, channels_last), BLOCK_M=tiles.block_m, BLOCK_K=tiles.block_k, **tiles.options(gpu),
     )  # fmt: skip
     return launch, tiles

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ def _branch_tile(
     tile, grad_ptr, mask_ptr, out_ptr, partials_ptr,
     M, H, W, stride_gn, stride_gc, stride_gh, stride_gw, stride_mask,
     WIDTH: tl.constexpr, COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, STRIDE: tl.constexpr,
-    STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RUN: tl.constexpr, STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Mask STEPS * BLOCK_M rows x BLOCK_N channels of one branch, and add up what passes, channel by channel."""
     COLUMN_TILES: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
@@ -47,7 +48,12 @@ def _branch_tile(
         # Divided in int32, as pixels are counted: in int64 each division is the call of a subroutine.
         n, h, w = (offs_m // (H * W)).to(tl.int64), (offs_m // W % H).to(tl.int64), (offs_m % W).to(tl.int64)
         pixels = n * stride_gn + h * stride_gh + w * stride_gw
-        grad = tl.load(grad_ptr + pixels[:, None] + columns[None, :], mask=mask, other=0.0)
+        mask_g = mask
+        if RUN > 0:  # as in epilogue.store_out
+            pixels = tl.multiple_of(tl.max_contiguous(pixels, max(RUN, 2)), RUN)
+            columns = tl.multiple_of(columns, RUN)
+            mask_g = tl.max_constancy(mask_m, RUN)[:, None] & mask_n[None, :]
+        grad = tl.load(grad_ptr + pixels[:, None] + columns[None, :], mask=mask_g, other=0.0)
         bits = tl.load(
             mask_ptr + rows[:, None] * stride_mask + (MASK_COLUMN + offs_b)[None, :],
             mask=mask_m[:, None] & (offs_b * 8 < WIDTH)[None, :],
@@ -65,7 +71,7 @@ def _branch_tile(
 def _split_kernel(
     grad_ptr, mask_ptr, out_ptrs, partials_ptr, sums,
     M, H, W, stride_gn, stride_gc, stride_gh, stride_gw, stride_mask,
-    BRANCHES: tl.constexpr, STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BRANCHES: tl.constexpr, RUN: tl.constexpr, STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of one branch: the tiles of the branches follow one another."""
     row_tiles = tl.cdiv(M, STEPS * BLOCK_M)
@@ -76,7 +82,7 @@ def _split_kernel(
             _branch_tile(
                 tile, grad_ptr, mask_ptr, out_ptrs[i], partials_ptr + sums[i],
                 M, H, W, stride_gn, stride_gc, stride_gh, stride_gw, stride_mask,
-                BRANCHES[i][0], BRANCHES[i][1], BRANCHES[i][2], BRANCHES[i][3], STEPS, BLOCK_M, BLOCK_N,
+                BRANCHES[i][0], BRANCHES[i][1], BRANCHES[i][2], BRANCHES[i][3], RUN, STEPS, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         tile -= tiles
 
@@ -112,11 +118,14 @@ def _launch(
     n, _, height, width = shape
     stride_n, stride_c, stride_h, stride_w = strides
     rows, config = n * height * width, configs.sweep(configs.SPLIT, gpu)
-    tiles = sum(parts(rows, gpu) * configs.tiles(branch.width, config.block_n) for branch in branches)
+    # As epilogue.out_run, of a gradient with any strides.
+    run = math.gcd(height * width, stride_n, stride_c, 16) if (stride_h, stride_w) == (width, 1) else 0
+    block_n = config.block_n // 2 if run == 1 else config.block_n  # an address for each element takes registers
+    tiles = sum(parts(rows, gpu) * configs.tiles(branch.width, block_n) for branch in branches)
     sums = tuple(branch.sums for branch in branches)
     sizes = (sums, rows, height, width, stride_n, stride_c, stride_h, stride_w, mask_bytes)
     return configs.launch(
         tiles, sizes,
         BRANCHES=tuple(tuple(branch[:4]) for branch in branches),
-        STEPS=config.steps, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        RUN=run, STEPS=config.steps, BLOCK_M=config.block_m, BLOCK_N=block_n, num_warps=config.num_warps,
     )  # fmt: skip

@@ -24,15 +24,25 @@ FORWARD = ("entry", "spatial")
 BACKWARD = ("data_gradient", "entry_gradient", "weight_gradient")
 SWEEPS = ("split", "pool_gradient", "sum")  # without products
 ODD = ("3a", "4b", "5b")  # 16 channels in front of the 5x5, 24 of them, and the widest
-# All nine on the newest Triton, whose margins are the narrower ones.
-NEWEST = tuple(map(int, aot.triton.__version__.split(".")[:2])) >= (3, 9)
-FORWARD_BLOCKS = tuple(aot.WIDTHS) if NEWEST else (*ODD, "4e")
+FORWARD_BLOCKS = (*ODD, "4d", "4e")  # 4d comes closest to the limit of those that keep it
 FEW = "1x14"
 OTHER_CHIPS = tuple(chip for chip in aot.CHIPS if chip != "sm_90")
 COMMANDS = (
     ["--chips", "sm_90", "--blocks", *FORWARD_BLOCKS, "--dtypes", "bf16", "--mode", "train", "--kernels", *FORWARD],
     ["--chips", "sm_90", "--blocks", *ODD, "--dtypes", "bf16", "--mode", "train", "--kernels", *BACKWARD],
-    ["--chips", "sm_90", "--blocks", "4b", "--dtypes", "bf16", "--mode", "train", "--kernels", *SWEEPS],
+    [
+        "--chips",
+        "sm_90",
+        "--blocks",
+        "4b",
+        "--dtypes",
+        "bf16",
+        "--layout",
+        "channels_last",
+        "NCHW",
+        "--kernels",
+        *SWEEPS,
+    ],
     ["--blocks", "4e", "--dtypes", "fp32", "--mode", "infer"],
     ["--chips", *OTHER_CHIPS, "--blocks", "4e", "--dtypes", "fp16", "--mode", "train"],
     ["--chips", "sm_90", "--blocks", "4e", "--dtypes", "bf16", "--mode", "infer"],
@@ -41,7 +51,7 @@ COMMANDS = (
     # The smaller tiles of few pixels, with 64 channels and with 128.
     ["--chips", "sm_90", "--blocks", "4e", "--dtypes", "bf16", "--images", FEW, "--kernels", *FORWARD, *BACKWARD[:2]],
     ["--chips", "sm_90", "--blocks", "5b", "--dtypes", "bf16", "--images", "128x3", "--kernels", "entry"],
-    ["--chips", *OTHER_CHIPS, "--blocks", "4e", "--dtypes", "fp16", "--images", FEW, "--kernels", "entry"],
+    ["--chips", "gfx942", "--blocks", "4e", "--dtypes", "fp16", "--images", FEW, "--kernels", "entry"],
 )
 # Issue pressure of the default tiles on sm_90, by the kernel and the mode: DESIGN's limits for the forward, and for the
 # backward what was reached. The spatial level's is that of its whole launch, and so are the gradients': a tile of few
@@ -302,14 +312,16 @@ def name(row: dict[str, Any]) -> str:
 
 
 def test_all_was_compiled(compiled):
-    expected = 2 * len(FORWARD_BLOCKS) + 3 * len(ODD) + 3 + 2 * len(aot.CHIPS) + 8 * len(OTHER_CHIPS) + 2 + 1
-    expected += 4 + 1 + len(OTHER_CHIPS)
+    expected = 2 * len(FORWARD_BLOCKS) + 3 * len(ODD) + 2 * 3 + 2 * len(aot.CHIPS) + 8 * len(OTHER_CHIPS) + 2 + 1
+    expected += 4 + 1 + 1
     assert len(compiled) == expected
     assert tuple(aot.KERNELS) == aot_report.KERNELS
     assert set(aot.KERNELS) == {*FORWARD, *BACKWARD, *SWEEPS}
     assert {row["chip"] for row in compiled} == set(aot.CHIPS) == set(aot_report.CHIPS)
     assert {row["kernel"] for row in compiled} == set(aot.KERNELS)
     assert set(aot.DTYPES) == set(aot_report.DTYPES)
+    read = {row["layout"]: set(row["loads"]) for row in compiled if (row["kernel"], row["block"]) == ("split", "4b")}
+    assert read == {"channels_last": {"16", "1"}, "NCHW": {"8", "1"}}
     for row in compiled:
         if row["kernel"] in ("entry", "spatial"):  # only training stores the bytes of the ReLU mask
             assert ("1" in row["stores"]) is (row["mode"] == "train"), name(row)
@@ -411,13 +423,51 @@ def test_pooled_values_go_through_shared_memory_once(compiled):
     assert pressure < 5
 
 
+# In a process without the interpreter. Of each kernel: what is said of its machine code, and the orders of the layouts
+# in which it moves the numbers that are NCHW, loads of the split and stores of the others.
+NCHW = """
+import json, re, sys
+import torch
+from bench import aot
+
+CASES = (
+    ("4e", 14, ("entry", "spatial", "split", "pool_gradient", "entry_gradient")),
+    ("5b", 7, ("spatial", "split", "entry_gradient")),
+)
+for block, side, names in CASES:
+    # A batch of which 16 does not divide the pixels: else the compiler needs to be told less.
+    launches = aot.launches("sm_90", aot.WIDTHS[block], torch.bfloat16, True, 129, side, "NCHW")
+    for name in names:
+        kernel = aot.compile_launch(*launches[name], "sm_90")
+        row = aot._read_nvidia(kernel.asm["cubin"], kernel.metadata.num_warps, [], 1)
+        layouts = dict(re.findall(r"^#(\\w+) = #ttg.blocked<.* order = \\[(.*)\\]", kernel.asm["ttgir"], re.M))
+        moved = r"tt.load .*" if name == "split" else r"^ *tt.store .*"
+        found = re.findall(moved + r"x!tt.ptr<bf16>, #(\\w+)>", kernel.asm["ttgir"], re.M)
+        print(json.dumps([name, side, row, [layouts[layout] for layout in found]]))
+"""
+
+
+def test_what_is_nchw_is_read_and_written_along_pixels(without_interpreter):
+    """Without a spill, by lanes side by side in memory, and eight bytes at a time where 14x14 pixels align them."""
+    for name, side, row, orders in map(json.loads, without_interpreter(NCHW).splitlines()):
+        told = f"{name} {side}x{side}: {row} {orders}"
+        assert row["stack"] == row["local"] == 0, told
+        assert ("2" in row["loads" if name == "split" else "stores"]) is (side == 7), told
+        along_pixels = "0, 1"
+        if name == "entry":  # which also stores what others read, in channels_last
+            assert along_pixels in orders, told
+        else:
+            assert set(orders) == {along_pixels}, told
+
+
 # The command
 
 
 def a_row(**changes: Any) -> dict[str, Any]:
     loop = aot._pressures(the_loop(PIPELINED), aot.Part("gemm", (128, 128, 32), 1), 8, 2048)
     return {
-        "chip": "sm_90", "block": "3a", "images": "128x14", "dtype": "bf16", "mode": "train", "kernel": "entry",
+        "chip": "sm_90", "block": "3a", "images": "128x14", "layout": "NCHW", "dtype": "bf16", "mode": "train",
+        "kernel": "entry",
         "registers": 128, "stack": 0, "local": 0, "shared": 98304, "tensor_core": 2,
         "loads": {"16": 2, "2": 1}, "stores": {"16": 1},
         "loops": {"gemm": loop}, "launch_pressure": 22 / 256,
@@ -441,12 +491,12 @@ def test_differences_name_the_kernel_the_figure_and_both_values():
     other["loops"]["gemm"] |= {"issue_pressure": 0.25}
     found = aot_report.differences({"rows": [ours, a_row(block="3b")]}, {"rows": [other, a_row(block="4a")]})
     assert found == [
-        "sm_90 3a 128x14 bf16 train entry: registers 128, the other 130",
-        "sm_90 3a 128x14 bf16 train entry: loads.16 2, the other 3",
-        "sm_90 3a 128x14 bf16 train entry: loads.2 1, the other None",
-        "sm_90 3a 128x14 bf16 train entry: loops.gemm.issue_pressure 0.086, the other 0.250",
-        "sm_90 3b 128x14 bf16 train entry: only in this report",
-        "sm_90 4a 128x14 bf16 train entry: only in the other report",
+        "sm_90 3a 128x14 NCHW bf16 train entry: registers 128, the other 130",
+        "sm_90 3a 128x14 NCHW bf16 train entry: loads.16 2, the other 3",
+        "sm_90 3a 128x14 NCHW bf16 train entry: loads.2 1, the other None",
+        "sm_90 3a 128x14 NCHW bf16 train entry: loops.gemm.issue_pressure 0.086, the other 0.250",
+        "sm_90 3b 128x14 NCHW bf16 train entry: only in this report",
+        "sm_90 4a 128x14 NCHW bf16 train entry: only in the other report",
     ]
     assert aot_report.differences({"rows": [ours]}, {"rows": [a_row()]}) == []
 
@@ -458,6 +508,7 @@ def test_differences_name_the_kernel_the_figure_and_both_values():
         (["--blocks", "6a"], "invalid choice: '6a'"),
         (["--dtypes", "fp64"], "invalid choice: 'fp64'"),
         (["--mode", "both"], "invalid choice: 'both'"),
+        (["--layout", "nhwc"], "invalid choice: 'nhwc'"),
         (["--kernels", "conv"], "invalid choice: 'conv'"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--images", "0x14"], "BATCHxSIDE in pixels of the block's input was expected, got '0x14'"),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
+
+from triton.runtime import interpreter
 
 from bench import memory
 from fastinception import FastInception, Inception
@@ -246,6 +250,33 @@ def test_the_backward_stays_inside_its_tensors(monkeypatch, batch, format):
     frames.assert_untouched()
     for own, theirs in zip((out, *grads), (y, *expected), strict=True):
         torch.testing.assert_close(own, theirs)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="reads what the interpreter computes")
+@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("size", [(3, 5), (3, 2), (2, 2), (6, 4), (4, 4)])  # pixels that 1, 2, 4, 8 and 16 divide
+def test_what_the_compiler_is_told_holds(monkeypatch, size, format):
+    """Of multiples and of constancy, what widths and masks rest on, at the places where it is said."""
+    told = collections.Counter()
+
+    def set_attr(handle: Any, name: str, values: list[int]) -> None:
+        (n,), data = values, np.atleast_1d(handle.data).astype(np.int64)
+        if name == "tt.divisibility":  # of each number, or of the first of each n side by side
+            runs = data.reshape(-1, n) if data.size > 1 else data[:, None]
+            assert (data % n == 0).all() or ((runs[:, 0] % n == 0).all() and (np.diff(runs) == 1).all()), (n, data)
+        elif name == "tt.constancy":
+            assert (np.diff(data.reshape(-1, n)) == 0).all(), (n, data)
+        told[name, n] += 1
+
+    monkeypatch.setattr(interpreter.TensorHandle, "set_attr", set_attr)
+    for channels in (23, 24):
+        block = FastInception(channels, 40, (16, 33), (8, 9), 16, backend="triton").to(DEVICE, torch.float64)
+        x = images((6, channels, *size), torch.float64).contiguous(memory_format=format).requires_grad_()
+        y = block(x)
+        y.backward(torch.randn_like(y))
+    run = math.gcd(math.prod(size), 16)
+    assert ("tt.divisibility", 16) in told  # the entry's weights
+    assert (("tt.constancy", run) in told) is (format is torch.contiguous_format)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="runs another chip's code, in the interpreter")
