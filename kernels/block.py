@@ -147,7 +147,7 @@ def _plan(
             if needs[out]:
                 sums[out] = Sum(size, offset, parts, elements)
             offset += size
-        partials += elements * parts
+        partials += configs.tiles(elements * parts, 16) * 16  # each begins where wide stores may
         return start
 
     def need(*indices: int) -> bool:

@@ -25,7 +25,7 @@ BACKWARD = ("data_gradient", "entry_gradient", "weight_gradient")
 SWEEPS = ("split", "pool_gradient", "sum")  # without products
 ODD = ("3a", "4b", "5b")  # 16 channels in front of the 5x5, 24 of them, and the widest
 FORWARD_BLOCKS = (*ODD, "4d", "4e")  # 4d comes closest to the limit of those that keep it
-FEW = "1x14"
+FEW, FEWER = "1x14", "32x14"
 OTHER_CHIPS = tuple(chip for chip in aot.CHIPS if chip != "sm_90")
 COMMANDS = (
     ["--chips", "sm_90", "--blocks", *FORWARD_BLOCKS, "--dtypes", "bf16", "--mode", "train", "--kernels", *FORWARD],
@@ -51,6 +51,8 @@ COMMANDS = (
     # The smaller tiles of few pixels, with 64 channels and with 128.
     ["--chips", "sm_90", "--blocks", "4e", "--dtypes", "bf16", "--images", FEW, "--kernels", *FORWARD, *BACKWARD[:2]],
     ["--chips", "sm_90", "--blocks", "5b", "--dtypes", "bf16", "--images", "128x3", "--kernels", "entry"],
+    # Fewer images than a step has pixels.
+    ["--chips", "sm_90", "--blocks", "4b", "--dtypes", "bf16", "--images", FEWER, "--kernels", "weight_gradient"],
     ["--chips", "gfx942", "--blocks", "4e", "--dtypes", "fp16", "--images", FEW, "--kernels", "entry"],
 )
 # Issue pressure of the default tiles on sm_90, by the kernel and the mode: DESIGN's limits for the forward, and for the
@@ -62,7 +64,7 @@ LIMITS = {
     "spatial": {"infer": 0.5, "train": 0.5},
     "data_gradient": {"train": 0.8},
     "entry_gradient": {"train": 0.65},
-    "weight_gradient": {"train": 0.7},
+    "weight_gradient": {"train": 0.62},
 }
 # Here the limit is not reached on Triton 3.9, 0.52: the 5x5 has 32 channels (1.53 by itself), and 3.9 spends ten
 # instructions a step more than 3.6 (0.47).
@@ -313,7 +315,7 @@ def name(row: dict[str, Any]) -> str:
 
 def test_all_was_compiled(compiled):
     expected = 2 * len(FORWARD_BLOCKS) + 3 * len(ODD) + 2 * 3 + 2 * len(aot.CHIPS) + 8 * len(OTHER_CHIPS) + 2 + 1
-    expected += 4 + 1 + 1
+    expected += 4 + 1 + 1 + 1
     assert len(compiled) == expected
     assert tuple(aot.KERNELS) == aot_report.KERNELS
     assert set(aot.KERNELS) == {*FORWARD, *BACKWARD, *SWEEPS}
@@ -352,7 +354,7 @@ def test_products_run_on_tensor_cores_from_a_main_loop_each(compiled):
                 "spatial": {"3x3", "5x5"},
                 "data_gradient": {"3x3", "5x5", "1x1"},
                 "entry_gradient": {"gemm"},
-                "weight_gradient": {"1x1", "3x3", "5x5"},
+                "weight_gradient": {"1x1", "3x3", "5x5"} if row["images"] == FEWER else {"products"},
             }[row["kernel"]]
             assert {part.partition(" ")[0] for part in row["loops"]} == parts, name(row)
         for part, loop in row.get("loops", {}).items():
@@ -369,7 +371,7 @@ def test_operands_are_loaded_16_bytes_at_a_time(compiled):
         if row["kernel"] in SWEEPS:
             continue
         # Narrow ones are the biases of the epilogue; on gfx942 also 8-byte ones of the weights.
-        assert row["loads"]["16"] >= 16, name(row)
+        assert row["loads"]["16"] >= 12, name(row)
         assert row["loads"]["16"] > sum(n for width, n in row["loads"].items() if width != "16"), name(row)
         wide = row["stores"].get("16", 0) + (row["stores"].get("8", 0) if row["chip"] == "gfx942" else 0)
         assert wide >= (4 if row["images"] == FEW else 8), name(row)

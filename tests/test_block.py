@@ -213,7 +213,7 @@ class Frames:
 
 @pytest.mark.parametrize(
     ("batch", "images_first", "steps"),
-    [(63, False, 9), (64, True, 9), (65, False, 10), (102, False, 15), (103, True, 18), (160, True, 27)],
+    [(63, False, 9), (64, True, 9), (65, False, 10), (113, False, 16), (114, True, 18), (171, True, 27)],
 )
 def test_a_step_takes_one_pixel_of_64_images_where_few_are_beyond_the_batch(batch, images_first, steps):
     tiles, gpu = configs.Tiles(64, 64, 64, num_warps=4, num_stages=2), target.gpu(torch.device("cpu"))
@@ -269,11 +269,16 @@ def test_what_the_compiler_is_told_holds(monkeypatch, size, format):
         told[name, n] += 1
 
     monkeypatch.setattr(interpreter.TensorHandle, "set_attr", set_attr)
-    for channels in (23, 24):
-        block = FastInception(channels, 40, (16, 33), (8, 9), 16, backend="triton").to(DEVICE, torch.float64)
-        x = images((6, channels, *size), torch.float64).contiguous(memory_format=format).requires_grad_()
-        y = block(x)
+    tiles = configs.Tiles(32, 32, 16, num_warps=4, num_stages=2)  # a step of one pixel of 16 images
+    monkeypatch.setitem(configs.DEFAULTS, "weight_gradient", lambda dtype, chip: tiles)
+    configs.forget()
+    for channels, width, misaligned in ((23, 33, 0), (24, 32, 0), (24, 32, 1)):
+        block = FastInception(channels, 40, (16, width), (8, 8), 16, backend="triton").to(DEVICE, torch.float64)
+        x = images((16, channels, *size), torch.float64).contiguous(memory_format=format)
+        x = torch.empty(1 + x.numel(), dtype=x.dtype)[misaligned:].as_strided(x.shape, x.stride()).copy_(x)
+        y = block(x.requires_grad_())
         y.backward(torch.randn_like(y))
+    configs.forget()
     run = math.gcd(math.prod(size), 16)
     assert ("tt.divisibility", 16) in told  # the entry's weights
     assert (("tt.constancy", run) in told) is (format is torch.contiguous_format)

@@ -610,8 +610,9 @@ class Notes:
 
         self.patch(module, name, type("Once", (), {"__getitem__": at})())
 
-    def assert_inside(self, *tensors: Tensor) -> None:
-        """Each address lies in one of the tensors, and of a large one the last pixels are among them."""
+    def assert_inside(self, *tensors: Tensor, first: int = 2**31) -> None:
+        """Each address lies in one of the tensors, and of a large one the last pixels are among them, none in front of
+        its element ``first``."""
         touched = np.unique(np.concatenate([addresses.ravel() for addresses in (*self.read, *self.written)]))
         known = np.zeros(len(touched), dtype=bool)
         for t in tensors:
@@ -619,7 +620,7 @@ class Notes:
             known |= inside
             if t.numel() > 2**31:
                 assert inside.any(), t.shape
-                assert touched[inside].min() >= t.data_ptr() + t.itemsize * 2**31
+                assert touched[inside].min() >= t.data_ptr() + t.itemsize * first
                 assert touched[inside].max() >= t.data_ptr() + t.nbytes - 2 * t.itemsize * t.shape[1]
         assert known.all(), "an address is in none of the tensors"
 
@@ -657,14 +658,23 @@ def test_addresses_beyond_two_to_the_31_elements(monkeypatch, level):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("kernel", ["split", "data_gradient", "pool_gradient", "entry_gradient", "weight_gradient"])
-def test_addresses_beyond_two_to_the_31_elements_in_the_backward(monkeypatch, kernel):
-    n, c, height, width = MANY
+@pytest.mark.parametrize(
+    ("kernel", "images"),
+    [
+        *((f"{name}_gradient", MANY) for name in ("data", "pool", "entry", "weight")),
+        ("split", MANY),
+        # Images so large that those of one step go beyond it, and fewer than a step has pixels.
+        ("weight_gradient", (128, 16, 1100, 1100)),
+        ("weight_gradient", (127, 16, 1100, 1100)),
+    ],
+)
+def test_addresses_beyond_two_to_the_31_elements_in_the_backward(monkeypatch, kernel, images):
+    n, c, height, width = images
     pixels, shape = n * height * width, (n, height, width)
     gpu, notes = target.gpu(torch.device("cpu")), Notes(monkeypatch)
     module = entry_gradient_module if kernel == "pool_gradient" else globals()[f"{kernel}_module"]
     notes.once(module, f"_{kernel}_kernel")
-    images, rows, bytes_ = huge(*MANY), huge(pixels, c), huge(pixels, c, dtype=torch.uint8)
+    images, rows, bytes_ = huge(*images), huge(pixels, c), huge(pixels, c, dtype=torch.uint8)
     weight = torch.zeros(c, c, 3, 3, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
     operands = [images, rows]
     if kernel == "split":
@@ -693,7 +703,7 @@ def test_addresses_beyond_two_to_the_31_elements_in_the_backward(monkeypatch, ke
         partials = huge(division.parts * c, 9 * c, dtype=torch.float32)
         weight_gradient_module.weight_gradient((product,), [rows], [images], shape, division, partials)
         operands += [partials]
-    notes.assert_inside(*operands)
+    notes.assert_inside(*operands, first=0 if n == 128 else 2**31)  # each image's pixel
 
 
 class Operators(TorchDispatchMode):
