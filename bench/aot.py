@@ -210,9 +210,9 @@ def parts(kernel: str, args: tuple[Any, ...], constants: dict[str, Any]) -> list
             for c, o, kernel_h, kernel_w in [constant[:4]]
         ]
     tile = (rows, constants["BLOCK_N"], depth)
-    if kernel == "weight_gradient" and constants["LEVEL"] is None:
-        return [Part("products", tile, steps=1)]  # one loop for all
     if kernel == "weight_gradient":
+        if constants["LEVEL"] is None:  # one loop for all
+            return [Part("products", tile, steps=1)]
         return [
             Part(
                 f"{kernel_h}x{kernel_w} {o}",

@@ -24,25 +24,16 @@ FORWARD = ("entry", "spatial")
 BACKWARD = ("data_gradient", "entry_gradient", "weight_gradient")
 SWEEPS = ("split", "pool_gradient", "sum")  # without products
 ODD = ("3a", "4b", "5b")  # 16 channels in front of the 5x5, 24 of them, and the widest
-FORWARD_BLOCKS = (*ODD, "4d", "4e")  # 4d comes closest to the limit of those that keep it
+# All nine on the newest Triton, whose margins are the narrower ones.
+NEWEST = tuple(map(int, aot.triton.__version__.split(".")[:2])) >= (3, 9)
+FORWARD_BLOCKS = tuple(aot.WIDTHS) if NEWEST else (*ODD, "4e")
+LAYOUTS = ("channels_last", "NCHW")
 FEW, FEWER = "1x14", "32x14"
 OTHER_CHIPS = tuple(chip for chip in aot.CHIPS if chip != "sm_90")
 COMMANDS = (
     ["--chips", "sm_90", "--blocks", *FORWARD_BLOCKS, "--dtypes", "bf16", "--mode", "train", "--kernels", *FORWARD],
     ["--chips", "sm_90", "--blocks", *ODD, "--dtypes", "bf16", "--mode", "train", "--kernels", *BACKWARD],
-    [
-        "--chips",
-        "sm_90",
-        "--blocks",
-        "4b",
-        "--dtypes",
-        "bf16",
-        "--layout",
-        "channels_last",
-        "NCHW",
-        "--kernels",
-        *SWEEPS,
-    ],
+    ["--chips", "sm_90", "--blocks", "4b", "--dtypes", "bf16", "--layout", *LAYOUTS, "--kernels", *SWEEPS],
     ["--blocks", "4e", "--dtypes", "fp32", "--mode", "infer"],
     ["--chips", *OTHER_CHIPS, "--blocks", "4e", "--dtypes", "fp16", "--mode", "train"],
     ["--chips", "sm_90", "--blocks", "4e", "--dtypes", "bf16", "--mode", "infer"],
@@ -53,7 +44,7 @@ COMMANDS = (
     ["--chips", "sm_90", "--blocks", "5b", "--dtypes", "bf16", "--images", "128x3", "--kernels", "entry"],
     # Fewer images than a step has pixels.
     ["--chips", "sm_90", "--blocks", "4b", "--dtypes", "bf16", "--images", FEWER, "--kernels", "weight_gradient"],
-    ["--chips", "gfx942", "--blocks", "4e", "--dtypes", "fp16", "--images", FEW, "--kernels", "entry"],
+    ["--chips", *OTHER_CHIPS, "--blocks", "4e", "--dtypes", "fp16", "--images", FEW, "--kernels", "entry"],
 )
 # Issue pressure of the default tiles on sm_90, by the kernel and the mode: DESIGN's limits for the forward, and for the
 # backward what was reached. The spatial level's is that of its whole launch, and so are the gradients': a tile of few
@@ -315,7 +306,7 @@ def name(row: dict[str, Any]) -> str:
 
 def test_all_was_compiled(compiled):
     expected = 2 * len(FORWARD_BLOCKS) + 3 * len(ODD) + 2 * 3 + 2 * len(aot.CHIPS) + 8 * len(OTHER_CHIPS) + 2 + 1
-    expected += 4 + 1 + 1 + 1
+    expected += 4 + 1 + 1 + len(OTHER_CHIPS)
     assert len(compiled) == expected
     assert tuple(aot.KERNELS) == aot_report.KERNELS
     assert set(aot.KERNELS) == {*FORWARD, *BACKWARD, *SWEEPS}
@@ -371,7 +362,8 @@ def test_operands_are_loaded_16_bytes_at_a_time(compiled):
         if row["kernel"] in SWEEPS:
             continue
         # Narrow ones are the biases of the epilogue; on gfx942 also 8-byte ones of the weights.
-        assert row["loads"]["16"] >= 12, name(row)
+        one_loop = row["kernel"] == "weight_gradient" and set(row.get("loops", {"products"})) == {"products"}
+        assert row["loads"]["16"] >= (12 if one_loop else 16), name(row)
         assert row["loads"]["16"] > sum(n for width, n in row["loads"].items() if width != "16"), name(row)
         wide = row["stores"].get("16", 0) + (row["stores"].get("8", 0) if row["chip"] == "gfx942" else 0)
         assert wide >= (4 if row["images"] == FEW else 8), name(row)
