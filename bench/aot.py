@@ -6,6 +6,7 @@ Not under ``TRITON_INTERPRET=1``: the interpreter replaces the compiler.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 import subprocess
@@ -171,11 +172,13 @@ def specialize(
     signature = {}
 
     def describe(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple) and path[0] < len(args):
+            return tuple(describe(item, (*path, i)) for i, item in enumerate(value))
+        if isinstance(value, int) and len(path) == 1 and function.params[path[0]].do_not_specialize:
+            return integer(value)
         if path[0] >= len(args) or value is None or (isinstance(value, int) and value == 1):
             constexprs[path] = value
             return "constexpr"
-        if isinstance(value, tuple):
-            return tuple(describe(item, (*path, i)) for i, item in enumerate(value))
         # A caching allocator's blocks are aligned; what a view adds is known from its offset.
         aligned = value.storage_offset() * value.itemsize if isinstance(value, Tensor) else value
         found = [["tt.divisibility", 16]] if aligned % 16 == 0 else []
@@ -185,6 +188,9 @@ def specialize(
             attrs[path] = found
         if isinstance(value, Tensor):
             return f"*{_NAMES[value.dtype]}"
+        return integer(value)
+
+    def integer(value: int) -> str:
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
     for i, (name, value) in enumerate(zip(function.arg_names, values, strict=True)):
@@ -193,25 +199,27 @@ def specialize(
     return source, options
 
 
-def parts(kernel: str, args: tuple[Any, ...], constants: dict[str, Any]) -> list[Part]:
+def parts(kernel: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Part]:
     """Return the products that a launch's arguments ask for."""
     if kernel in ("split", "pool_gradient", "sum"):
         return []
-    rows, depth = constants["BLOCK_M"], constants["BLOCK_K"]
+    given = dict(zip(function.arg_names, args, strict=False)) | kwargs
+    rows, depth = given["BLOCK_M"], given["BLOCK_K"]
     if kernel in ("spatial", "data_gradient"):
-        narrow = 10 if kernel == "spatial" else 6  # where a convolution's constants have its tile's width
+        reduced, stored = ("in_channels", "out_channels")[:: 1 if kernel == "spatial" else -1]
         return [
             Part(
-                f"{kernel_h}x{kernel_w}",
-                (rows, constant[narrow], depth),
-                configs.tiles(kernel_h * kernel_w * c, depth) * configs.tiles(o, constant[narrow]),
+                f"{constant[0]}x{constant[1]}",
+                (rows, constant[-2], depth),
+                configs.tiles(constant[0] * constant[1] * c, depth) * configs.tiles(o, constant[-2]),
             )
-            for constant in constants["LEVEL"]
-            for c, o, kernel_h, kernel_w in [constant[:4]]
+            for constant, c, o in zip(
+                given["LEVEL"], *map(configs.from_list, (given[reduced], given[stored])), strict=True
+            )
         ]
-    tile = (rows, constants["BLOCK_N"], depth)
+    tile = (rows, given["BLOCK_N"], depth)
     if kernel == "weight_gradient":
-        if constants["LEVEL"] is None:  # one loop for all
+        if given["LEVEL"] is None:  # one loop for all
             return [Part("products", tile, steps=1)]
         return [
             Part(
@@ -219,18 +227,18 @@ def parts(kernel: str, args: tuple[Any, ...], constants: dict[str, Any]) -> list
                 tile,
                 configs.tiles(o, tile[0]) * configs.tiles(c * kernel_h * kernel_w, tile[1]),
             )
-            for o, c, kernel_h, kernel_w in constants["LEVEL"]
+            for (kernel_h, kernel_w), o, c in zip(
+                given["LEVEL"], *map(configs.from_list, (given["out_channels"], given["in_channels"])), strict=True
+            )
         ]
     if kernel == "entry_gradient":
-        _, _, out, *_ = args
-        steps = configs.tiles(sum(constants["WIDTHS"]), depth) * configs.tiles(out.shape[1], tile[1])
-        return [Part("gemm", tile, steps)]
-    pool = (constants["POOL_M"], constants["POOL_N"], constants["POOL_K"])
-    channels = args[0].shape[1]
-    pool_tiles = tile[0] // pool[0] * configs.tiles(constants["POOL_WIDTH"], pool[1])
+        return [Part("gemm", tile, configs.tiles(given["COLUMNS"], depth) * configs.tiles(given["K"], tile[1]))]
+    pool = (given["POOL_M"], given["POOL_N"], given["POOL_K"])
+    gemm_tiles = configs.tiles(sum(configs.from_list(given["widths"])), tile[1])
+    pool_tiles = tile[0] // pool[0] * configs.tiles(given["pool_width"], pool[1])
     return [
-        Part("gemm", tile, configs.tiles(channels, depth) * constants["GEMM_TILES"]),
-        Part("pool", pool, configs.tiles(channels, pool[2]) * pool_tiles, pipelined=False),
+        Part("gemm", tile, configs.tiles(given["K"], depth) * gemm_tiles),
+        Part("pool", pool, configs.tiles(given["K"], pool[2]) * pool_tiles, pipelined=False),
     ]
 
 
@@ -249,7 +257,7 @@ def measure(case: Case, kernels: Collection[str] = tuple(KERNELS)) -> list[dict[
             row |= _read_amd(kernel.asm["amdgcn"])
         else:
             rate = CHIPS[case.chip].fma // (2 if dtype is torch.float32 else 1)
-            expected = parts(name, *launch[1:])
+            expected = parts(name, *launch)
             row |= _read_nvidia(kernel.asm["cubin"], kernel.metadata.num_warps, expected, rate)
         rows.append(row)
     return rows
@@ -275,15 +283,22 @@ def _read_amd(text: str) -> dict[str, Any]:
     }
 
 
-def _read_nvidia(cubin: bytes, warps: int, expected: list[Part], rate: int) -> dict[str, Any]:
+@functools.lru_cache(32)  # several blocks have the same
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """Return what a kernel uses, and its SASS."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
+        command = triton.knobs.nvidia.cuobjdump.path, file.name
         usage, text = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run([*command, flag], capture_output=True, text=True, check=True).stdout
             for flag in ("-res-usage", "-sass")
         )
+    return usage, text
+
+
+def _read_nvidia(cubin: bytes, warps: int, expected: list[Part], rate: int) -> dict[str, Any]:
+    usage, text = _disassemble(cubin)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     code = sass.parse(text)
     loops = sass.main_loops(code, warps)

@@ -159,11 +159,26 @@ class Launch(NamedTuple):
 
 
 def launch(programs: int, sizes: tuple[Any, ...], **constants: Any) -> Launch:
-    """Put a launch together.
+    """Put a launch together. ``sizes`` are numbers and lists of numbers, which a kernel reads by ``operands.number``.
 
     Products and sums are fused, as in every Triton so far; 3.9 warns where that is not said, and 3.10 will not do it.
     """
+    sizes = tuple([as_list(size) if isinstance(size, tuple) else size for size in sizes])
     return Launch((programs,), sizes, constants | {"enable_fp_fusion": True})
+
+
+def as_list(numbers: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    """Return numbers that are not negative as a kernel takes them in a list: odd and from 3 on, None as it is.
+
+    A 1 or a multiple of 16 in a tuple has Triton compile the kernel for it, and ``do_not_specialize`` does not prevent
+    it (3.6 to 3.9): nearly each block would have kernels of its own.
+    """
+    return tuple([None if number is None else 2 * number + 3 for number in numbers])
+
+
+def from_list(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the numbers of which :func:`as_list` made ``numbers``."""
+    return tuple([number // 2 - 1 for number in numbers])
 
 
 class Entry(NamedTuple):

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
 from fastinception.kernels.epilogue import follow_predecessor
+from fastinception.kernels.operands import number
 from fastinception.kernels.replay import Launched
-from fastinception.kernels.spatial import implicit_gemm
+from fastinception.kernels.spatial import implicit_gemm, inverses
 
 
 class Gradient(NamedTuple):
@@ -29,26 +30,27 @@ class Gradient(NamedTuple):
 
 @triton.jit
 def _gradient_tile(
-    tile, g_ptr, w_ptr, active_ptr, out_ptr, partials_ptr,
-    K, M, H, W,
-    C: tl.constexpr, O: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    STRIDE: tl.constexpr, COLUMN: tl.constexpr, BLOCK_N: tl.constexpr, RELU: tl.constexpr,
+    tile, g_ptr, w_ptr, active_ptr, out_ptr, partials_ptr, C, O, inverse, row_inverse, stride, column, M, H, W,
+    KH: tl.constexpr, KW: tl.constexpr, RELU: tl.constexpr, BLOCK_N: tl.constexpr, DIVISOR: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``conv_transpose2d(g, w)``, 0 where the ReLU was not active, for BLOCK_M pixels x BLOCK_N of its O channels.
 
     A ReLU's is added up over the tile's pixels as well: the gradient of the bias in front of it.
     """
-    COLUMN_TILES: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
-    row_tile = tile // COLUMN_TILES
+    column_tiles = tl.cdiv(O, BLOCK_N)
+    row_tile = tile // column_tiles
     offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = (tile % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = (tile % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
     mask_n = offs_n < O
     n = offs_m // (H * W)
     h = offs_m // W % H - KH // 2
     w = offs_m % W - KW // 2
-    acc = implicit_gemm(g_ptr, w_ptr, offs_n, n, h, w, mask_m, K, H, W, C, O, KH, KW, True, PRECISION, BLOCK_K)
+    acc = implicit_gemm(
+        g_ptr, w_ptr, offs_n, n, h, w, mask_m, H, W, C, O, inverse, row_inverse,
+        KH, KW, DIVISOR, True, PRECISION, BLOCK_K,
+    )  # fmt: skip
     rows = offs_m.to(tl.int64)[:, None]
     mask = mask_m[:, None] & mask_n[None, :]
     if RELU:
@@ -56,12 +58,13 @@ def _gradient_tile(
         acc = tl.where(active <= 0.0, 0.0, acc)  # NaN passes, as in ATen; what is masked was loaded as 0
         # As they are: of rounded ones, ptxas makes tensor-core instructions wait for each other (sm_90, Triton 3.6).
         tl.store(partials_ptr + row_tile * O + offs_n, tl.sum(acc, axis=0), mask=mask_n)
-    tl.store(out_ptr + rows * STRIDE + (COLUMN + offs_n)[None, :], acc, mask=mask)
+    tl.store(out_ptr + rows * stride + (column + offs_n)[None, :], acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "H", "W"])
 def _data_gradient_kernel(
-    g_ptrs, w_ptrs, active_ptrs, out_ptrs, partials_ptr, sums, reductions, M, H, W,
+    g_ptrs, w_ptrs, active_ptrs, out_ptrs, partials_ptr,
+    out_channels, in_channels, inverses, row_inverses, strides, columns, sums, M, H, W,
     LEVEL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of one convolution: the tiles of the list's convolutions follow one another."""
@@ -69,13 +72,13 @@ def _data_gradient_kernel(
     row_tiles = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0)
     for i in tl.static_range(len(LEVEL)):
-        tiles = row_tiles * ((LEVEL[i][1] + LEVEL[i][6] - 1) // LEVEL[i][6])
+        tiles = row_tiles * tl.cdiv(number(in_channels[i]), LEVEL[i][3])
         if (tile >= 0) & (tile < tiles):
             _gradient_tile(
-                tile, g_ptrs[i], w_ptrs[i], active_ptrs[i], out_ptrs[i], partials_ptr + sums[i],
-                reductions[i], M, H, W,
-                LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], LEVEL[i][4], LEVEL[i][5], LEVEL[i][6], LEVEL[i][7],
-                PRECISION, BLOCK_M, BLOCK_K,
+                tile, g_ptrs[i], w_ptrs[i], active_ptrs[i], out_ptrs[i], partials_ptr + number(sums[i]),
+                number(out_channels[i], LEVEL[i][4]), number(in_channels[i], LEVEL[i][4]), inverses[i], row_inverses[i],
+                number(strides[i], LEVEL[i][4]), number(columns[i], LEVEL[i][4]), M, H, W,
+                LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], LEVEL[i][4], PRECISION, BLOCK_M, BLOCK_K,
             )  # fmt: skip
         tile -= tiles
 
@@ -125,15 +128,15 @@ def _launch(
     gradients: tuple[Gradient, ...], shape: tuple[int, int, int], tiles: configs.Tiles, gpu: target.Gpu, precision: str
 ) -> configs.Launch:
     rows = math.prod(shape)
-    level, programs = [], 0
-    for (out_channels, in_channels, kernel_h, kernel_w), relu, stride, column, _ in gradients:
+    level, sizes, programs = [], [], 0
+    for (out_channels, in_channels, kernel_h, kernel_w), relu, stride, column, sums in gradients:
         # At least 32: with 16, ptxas makes every tensor-core instruction of the kernel wait for the last one (sm_90).
         block_n = configs.narrow(tiles.block_n, max(in_channels, 32))
-        level.append((out_channels, in_channels, kernel_h, kernel_w, stride, column, block_n, relu))
+        divisor = math.gcd(8, out_channels, in_channels, stride, column)
+        level.append((kernel_h, kernel_w, relu, block_n, divisor))
+        sizes.append((out_channels, in_channels, *inverses(out_channels, kernel_h, kernel_w), stride, column, sums))
         programs += configs.tiles(rows, tiles.block_m) * configs.tiles(in_channels, block_n)
-    sums = tuple(gradient.sums for gradient in gradients)
-    reductions = tuple(o * kernel_h * kernel_w for o, _, kernel_h, kernel_w, *_ in level)
     return configs.launch(
-        programs, (sums, reductions, rows, *shape[1:]),
+        programs, (*zip(*sizes, strict=True), rows, *shape[1:]),
         LEVEL=tuple(level), PRECISION=precision, BLOCK_M=tiles.block_m, BLOCK_K=tiles.block_k, **tiles.options(gpu),
     )  # fmt: skip

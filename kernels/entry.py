@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,21 +13,21 @@ from torch import Tensor
 from fastinception.kernels import configs, replay, target
 from fastinception.kernels.epilogue import (
     bias_relu,
-    choosable,
     follow_predecessor,
     is_channels_last,
     out_run,
     out_strides,
     store_result,
 )
+from fastinception.kernels.operands import before, choosable, divisible, matrix_of, number
 from fastinception.kernels.replay import Launched
 
 
 @triton.jit
 def _gemm_tile(
     row_tile, column_tile, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
-    M, K, pixels, stride_on, stride_op, stride_oc, stride_mask,
-    WIDTHS: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, AMD: tl.constexpr, PRECISION: tl.constexpr,
+    widths, M, K, pixels, stride_on, stride_op, stride_oc, stride_mask,
+    DIVISOR: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, AMD: tl.constexpr, PRECISION: tl.constexpr,
     SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -36,47 +37,47 @@ def _gemm_tile(
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < M
 
-    # One pointer for each column, chosen among the convolutions' weights: no packed copy, no extra launch.
-    w_rows = choosable(w_ptrs[0], offs_n * K, AMD)
-    b_columns = choosable(b_ptrs[0], offs_n, AMD)
-    first = WIDTHS[0]
-    for i in tl.static_range(1, len(WIDTHS)):
-        w_rows = tl.where(offs_n < first, w_rows, choosable(w_ptrs[i], (offs_n - first) * K, AMD))
-        b_columns = tl.where(offs_n < first, b_columns, choosable(b_ptrs[i], offs_n - first, AMD))
-        first += WIDTHS[i]
-    w_rows = w_rows.to(w_ptrs[0].dtype)
+    b_columns = choosable(b_ptrs[0], offs_n, AMD)  # not by matrix_of: of pairs Triton 3.9 sees that they are aligned
+    columns = number(widths[0], DIVISOR)
+    for i in tl.static_range(1, len(b_ptrs)):
+        b_columns = tl.where(offs_n < columns, b_columns, choosable(b_ptrs[i], offs_n - columns, AMD))
+        columns += number(widths[i], DIVISOR)
     b_columns = b_columns.to(b_ptrs[0].dtype)
-    mask_n = offs_n < first
+    mask_n = offs_n < columns
+    # One pointer for each column, chosen among the convolutions' weights: no packed copy, no extra launch.
+    rows = before(offs_n, columns, DIVISOR)
+    w_rows = matrix_of(w_ptrs, widths, rows, K, DIVISOR, AMD) + rows * K
     if ALIGNED:  # Triton 3.9 forgets it in tl.where, and then copies the weights two bytes at a time, unpipelined
         w_rows = tl.multiple_of(w_rows, 16)
 
-    # Rows past the end read the last row instead of a masked one: their results are never stored.
+    # As below, what comes of rows past the end is never stored.
     x_rows = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None] * K
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
     for k in range(0, K, BLOCK_K):
         w_offsets = w_rows[None, :] + (k + offs_k)[:, None]
         if EVEN_K:
             x = tl.load(x_rows + (k + offs_k)[None, :])  # [BLOCK_M, BLOCK_K]
-            w = tl.load(w_offsets, mask=mask_n[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
+            w = tl.load(w_offsets)  # [BLOCK_K, BLOCK_N]
         else:
             mask_k = k + offs_k < K
             x = tl.load(x_rows + (k + offs_k)[None, :], mask=mask_k[None, :], other=0.0)
-            w = tl.load(w_offsets, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+            w = tl.load(w_offsets, mask=mask_k[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
     y = bias_relu(acc, b_columns, 0, mask_n, out_ptr.dtype.element_ty, RELU)
     rows = offs_m.to(tl.int64)
     store_result(
-        out_ptr, mask_ptr, y, offs_m, M, column_tile * BLOCK_N, WIDTHS[0],
+        out_ptr, mask_ptr, y, offs_m, M, column_tile * BLOCK_N, number(widths[0], DIVISOR),
         pixels, stride_on, stride_op, stride_oc, stride_mask, 0, 0, SAVE, RUN,
     )  # fmt: skip
-    start = WIDTHS[0]
-    for i in tl.static_range(1, len(WIDTHS)):
+    start = number(widths[0], DIVISOR)
+    for i in tl.static_range(1, len(w_ptrs)):
+        width = number(widths[i], DIVISOR)
         columns = offs_n - start
-        inside = (columns >= 0) & (columns < WIDTHS[i])
-        dense = dense_ptrs[i - 1] + rows[:, None] * WIDTHS[i] + columns[None, :]
+        inside = (columns >= 0) & (columns < width)
+        dense = dense_ptrs[i - 1] + rows[:, None] * width + columns[None, :]
         tl.store(dense, y, mask=mask_m[:, None] & inside[None, :])
-        start += WIDTHS[i]
+        start += width
 
 
 @triton.jit
@@ -102,7 +103,7 @@ def _maximum_at(a, code_a, b, code_b, ASM: tl.constexpr):
 
 @triton.jit
 def _pool_step(
-    acc, columns, x_ptr, w_rows, mask_n, pixel, up, down, left, right,
+    acc, columns, x_ptr, w_rows, pixel, up, down, left, right,
     pooled_ptr, codes_ptr, middle, inner, mask_saved,
     K, MASKED: tl.constexpr, PTX: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
@@ -135,16 +136,16 @@ def _pool_step(
         codes = (codes | middle.to(CODE)[:, None]) & inner.to(CODE)[:, None]
         tl.store(pooled_ptr + kept, pooled, mask=mask_kept)
         tl.store(codes_ptr + kept, codes.to(tl.uint8), mask=mask_kept)
-    mask_w = mask_n[:, None] & mask_k[None, :] if MASKED else mask_n[:, None]
-    w = tl.load(w_rows + columns[None, :], mask=mask_w, other=0.0)
+    w_columns = w_rows + columns[None, :]
+    w = tl.load(w_columns, mask=mask_k[None, :], other=0.0) if MASKED else tl.load(w_columns)
     return tl.dot(w, tl.trans(pooled.to(w.dtype)), acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit
 def _pool_tile(
     row_tile, column_tile, x_ptr, w_ptr, b_ptr, out_ptr, mask_ptr, pooled_ptr, codes_ptr,
-    M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
-    C4: tl.constexpr, COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, EVEN_K: tl.constexpr,
+    width, column, mask_column, M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
+    DIVISOR: tl.constexpr, EVEN_K: tl.constexpr,
     PTX: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr,
     RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +158,7 @@ def _pool_tile(
     offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_n = offs_n < C4
+    mask_n = offs_n < width
     pixel = tl.minimum(offs_m, M - 1)
     h = (pixel // W) % H
     w = pixel % W
@@ -168,71 +169,79 @@ def _pool_tile(
 
     # The product is transposed, [BLOCK_N, BLOCK_M]: sm_90 takes pooled from shared memory as the right operand.
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
-    w_rows = w_ptr + (offs_n * K)[:, None]
+    w_rows = w_ptr + (before(offs_n, width, DIVISOR) * K)[:, None]
     end = K if EVEN_K else K - BLOCK_K + 1
     middle = tl.where(h == 0, 4, 0) | tl.where(w == 0, 1, 0)
     inner = tl.where(h == H - 1, 7, 15) & tl.where(w == W - 1, 13, 15)
     mask_saved = offs_m < tl.where(column_tile == 0, M, 0)
     for k in tl.range(0, end, BLOCK_K, num_stages=1):  # nine loads a step: pipelined, they take 96 KB
         acc = _pool_step(
-            acc, k + offs_k, x_ptr, w_rows, mask_n, pixel, up, down, left, right,
+            acc, k + offs_k, x_ptr, w_rows, pixel, up, down, left, right,
             pooled_ptr, codes_ptr, middle, inner, mask_saved, K, False, PTX, MAX_ASM, PRECISION, SAVE,
         )  # fmt: skip
     if not EVEN_K:  # a step of its own: nine masked loads make the loop half as long again
         acc = _pool_step(
-            acc, K // BLOCK_K * BLOCK_K + offs_k, x_ptr, w_rows, mask_n, pixel, up, down, left, right,
+            acc, K // BLOCK_K * BLOCK_K + offs_k, x_ptr, w_rows, pixel, up, down, left, right,
             pooled_ptr, codes_ptr, middle, inner, mask_saved, K, True, PTX, MAX_ASM, PRECISION, SAVE,
         )  # fmt: skip
 
     y = bias_relu(tl.trans(acc), b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty, RELU)
     store_result(
-        out_ptr, mask_ptr, y, offs_m, M, column_tile * BLOCK_N, C4,
-        H * W, stride_on, stride_op, stride_oc, stride_mask, COLUMN, MASK_COLUMN, SAVE, RUN,
+        out_ptr, mask_ptr, y, offs_m, M, column_tile * BLOCK_N, width,
+        H * W, stride_on, stride_op, stride_oc, stride_mask, column, mask_column, SAVE, RUN,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[
+    "pool_width", "pool_column", "pool_mask_column", "M", "H", "W", "stride_mask"
+])  # fmt: skip
 def _entry_kernel(
     x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, pool_w_ptr, pool_b_ptr, mask_ptr, pooled_ptr, codes_ptr,
+    widths, pool_width, pool_column, pool_mask_column,
     M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
-    WIDTHS: tl.constexpr, GEMM_TILES: tl.constexpr, POOL_TILES: tl.constexpr,
-    POOL_WIDTH: tl.constexpr, POOL_COLUMN: tl.constexpr, POOL_MASK_COLUMN: tl.constexpr,
-    EVEN_K: tl.constexpr, POOL_EVEN_K: tl.constexpr, ALIGNED: tl.constexpr,
+    PART: tl.constexpr, DIVISOR: tl.constexpr, EVEN_K: tl.constexpr, POOL_EVEN_K: tl.constexpr, ALIGNED: tl.constexpr,
     AMD: tl.constexpr, PTX: tl.constexpr, MAX_ASM: tl.constexpr,
     PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr, INTERLEAVED: tl.constexpr,
     PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     POOL_M: tl.constexpr, POOL_N: tl.constexpr, POOL_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the GEMM or of the pooled branch; a block of rows has GEMM_TILES and POOL_TILES, either may be 0.
+    """One tile of the GEMM or of the pooled branch; a block of rows has some of each.
+
+    PART says that all are of the one, None of both. DIVISOR divides the widths and ``pool_column``. ALIGNED says that
+    the rows of the GEMM's weights are aligned to 16 bytes.
 
     INTERLEAVED: for each block of rows first its GEMM tiles, then its pool tiles, so that x comes from device memory
     once and from the L2 cache after that. Else all GEMM tiles, then all pool tiles.
     """
     follow_predecessor(PDL)
-    POOL_COLUMNS: tl.constexpr = (POOL_WIDTH + POOL_N - 1) // POOL_N
-    TILES: tl.constexpr = GEMM_TILES + POOL_TILES
+    columns = number(widths[0])
+    for i in tl.static_range(1, len(w_ptrs)):
+        columns += number(widths[i])
+    pool_columns = tl.cdiv(pool_width, POOL_N)
+    gemm_tiles = 0 if PART == "pool" else tl.cdiv(columns, BLOCK_N)
+    pool_tiles = 0 if PART == "gemm" else (BLOCK_M // POOL_M) * pool_columns
     program = tl.program_id(0)
-    row_tile = program // TILES
-    tile = program % TILES
-    if not INTERLEAVED and GEMM_TILES > 0 and POOL_TILES > 0:
-        behind = program - tl.cdiv(M, BLOCK_M) * GEMM_TILES
-        row_tile = tl.where(behind < 0, program // GEMM_TILES, behind // POOL_TILES)
-        tile = tl.where(behind < 0, program % GEMM_TILES, GEMM_TILES + behind % POOL_TILES)
-    if POOL_TILES == 0 or (GEMM_TILES > 0 and tile < GEMM_TILES):
+    row_tile = program // (gemm_tiles + pool_tiles)
+    tile = program % (gemm_tiles + pool_tiles)
+    if PART is None and not INTERLEAVED:
+        behind = program - tl.cdiv(M, BLOCK_M) * gemm_tiles
+        row_tile = tl.where(behind < 0, program // gemm_tiles, behind // pool_tiles)
+        tile = tl.where(behind < 0, program % gemm_tiles, gemm_tiles + behind % pool_tiles)
+    if PART == "gemm" or (PART is None and tile < gemm_tiles):
         _gemm_tile(
             row_tile, tile, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
-            M, K, H * W, stride_on, stride_op, stride_oc, stride_mask,
-            WIDTHS, EVEN_K, ALIGNED, AMD, PRECISION, SAVE, RELU, RUN, BLOCK_M, BLOCK_N, BLOCK_K,
+            widths, M, K, H * W, stride_on, stride_op, stride_oc, stride_mask,
+            DIVISOR, EVEN_K, ALIGNED, AMD, PRECISION, SAVE, RELU, RUN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
-        pool_tile = tile - GEMM_TILES
+        pool_tile = tile - gemm_tiles
         _pool_tile(
-            row_tile * (BLOCK_M // POOL_M) + pool_tile // POOL_COLUMNS, pool_tile % POOL_COLUMNS,
+            row_tile * (BLOCK_M // POOL_M) + pool_tile // pool_columns, pool_tile % pool_columns,
             x_ptr, pool_w_ptr, pool_b_ptr, out_ptr, mask_ptr, pooled_ptr, codes_ptr,
+            divisible(pool_width, DIVISOR), divisible(pool_column, DIVISOR), pool_mask_column,
             M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
-            POOL_WIDTH, POOL_COLUMN, POOL_MASK_COLUMN, POOL_EVEN_K, PTX, MAX_ASM, PRECISION, SAVE, RELU, RUN,
-            POOL_M, POOL_N, POOL_K,
+            DIVISOR, POOL_EVEN_K, PTX, MAX_ASM, PRECISION, SAVE, RELU, RUN, POOL_M, POOL_N, POOL_K,
         )  # fmt: skip
 
 
@@ -321,9 +330,8 @@ def _launch(
     strides = out_strides(out_shape, channels_last)
     return configs.launch(
         configs.tiles(rows, tiles.block_m) * (gemm_tiles + pool_tiles),
-        (rows, channels, height, width, *strides, mask_bytes),
-        WIDTHS=widths, GEMM_TILES=gemm_tiles, POOL_TILES=pool_tiles,
-        POOL_WIDTH=pool_width, POOL_COLUMN=pool_columns[0], POOL_MASK_COLUMN=pool_columns[1],
+        (widths, pool_width, *pool_columns, rows, channels, height, width, *strides, mask_bytes),
+        PART=part, DIVISOR=math.gcd(8, *widths, pool_width, pool_columns[0]),
         EVEN_K=channels % tiles.block_k == 0, POOL_EVEN_K=channels % pool_k == 0,
         ALIGNED=aligned and channels * dtype.itemsize % 16 == 0,
         AMD=gpu.is_amd, PTX=gpu.runs_ptx, MAX_ASM=target.max_asm(gpu, dtype, with_codes=save), PRECISION=precision,

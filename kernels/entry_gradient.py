@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,18 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
-from fastinception.kernels.epilogue import (
-    choosable,
-    follow_predecessor,
-    is_channels_last,
-    out_run,
-    out_strides,
-    store_out,
-)
+from fastinception.kernels.epilogue import follow_predecessor, is_channels_last, out_run, out_strides, store_out
+from fastinception.kernels.operands import before, divisible, matrix_of
 from fastinception.kernels.replay import Launched
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "H", "W"])
 def _pool_gradient_kernel(
     grad_ptr, codes_ptr, out_ptr, M, K, H, W, stride_on, stride_op, stride_oc,
     RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -52,43 +47,44 @@ def _pool_gradient_kernel(
     store_out(out_ptr, acc, offs_m, M, first, K, H * W, stride_on, stride_op, stride_oc, 0, RUN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "COLUMNS", "pixels"])
 def _entry_gradient_kernel(
-    g_ptr, w_ptrs, out_ptr, M, K, COLUMNS, pixels, stride_on, stride_op, stride_oc,
-    WIDTHS: tl.constexpr, STRIDE: tl.constexpr, EVEN_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
+    g_ptr, w_ptrs, out_ptr, widths, M, K, COLUMNS, pixels, stride_on, stride_op, stride_oc,
+    DIVISOR: tl.constexpr, EVEN_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr, AMD: tl.constexpr, RUN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Add ``g @ w`` for one tile to ``out``, with the convolutions' weights below one another."""
+    """Add ``g @ w`` for one tile to ``out``, with the convolutions' weights below one another.
+
+    DIVISOR divides the widths. ALIGNED says that the rows of the weights are aligned to 16 bytes.
+    """
     follow_predecessor(PDL)
     COLUMN_TILES = tl.cdiv(K, BLOCK_N)
     offs_m = (tl.program_id(0) // COLUMN_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = (tl.program_id(0) % COLUMN_TILES) * BLOCK_N
     offs_n = first + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_n = offs_n < K
-    # Rows past the end read the last row instead of a masked one: their results are never stored. STRIDE is COLUMNS as
-    # a constant: the compiler must know its alignment where it is no multiple of 16. As a bound it unrolls the loop.
-    g_rows = g_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None] * STRIDE
+    columns = divisible(COLUMNS, DIVISOR)
+    # Rows past the end read the last row instead of a masked one: their results are never stored.
+    g_rows = g_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None] * columns
+    CHUNK: tl.constexpr = 128 // g_ptr.dtype.element_ty.primitive_bitwidth if ALIGNED else 1  # divides K
+    stride = divisible(K, CHUNK)
+    w_offsets = (offs_k * stride)[:, None] + before(offs_n, stride, CHUNK)[None, :]
     dtype: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=dtype)
     for k in range(0, COLUMNS, BLOCK_K):
         j = k + offs_k
-        w_rows = choosable(w_ptrs[0], j * K, AMD)
-        start = WIDTHS[0]
-        for i in tl.static_range(1, len(WIDTHS)):
-            w_rows = tl.where(j < start, w_rows, choosable(w_ptrs[i], (j - start) * K, AMD))
-            start += WIDTHS[i]
-        w_rows = w_rows.to(w_ptrs[0].dtype)
+        w_matrix = matrix_of(w_ptrs, widths, j, stride, DIVISOR, AMD)
+        w_rows = w_matrix[:, None] + (w_offsets + k * stride)
         if ALIGNED:  # Triton forgets it in tl.where, and then copies the weights two bytes at a time, unpipelined
-            w_rows = tl.multiple_of(w_rows, 16)
+            w_rows = tl.multiple_of(w_rows, (1, 16))
         if EVEN_COLUMNS:
             g = tl.load(g_rows + j[None, :])  # [BLOCK_M, BLOCK_K]
-            w = tl.load(w_rows[:, None] + offs_n[None, :], mask=mask_n[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
+            w = tl.load(w_rows)  # [BLOCK_K, BLOCK_N]
         else:
-            mask_k = j < STRIDE
+            mask_k = j < columns
             g = tl.load(g_rows + j[None, :], mask=mask_k[None, :], other=0.0)
-            w = tl.load(w_rows[:, None] + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+            w = tl.load(w_rows, mask=mask_k[:, None], other=0.0)
         acc = tl.dot(g, w, acc, input_precision=PRECISION, out_dtype=dtype)
     store_out(out_ptr, acc, offs_m, M, first, K, pixels, stride_on, stride_op, stride_oc, 0, RUN, ADD=True)
 
@@ -155,10 +151,10 @@ def _entry_launch(
     rows, columns = n * height * width, sum(widths)
     tiles = tiles or configs.choose("entry_gradient", rows, columns, channels, dtype, gpu)
     programs = configs.tiles(rows, tiles.block_m) * configs.tiles(channels, tiles.block_n)
-    sizes = (rows, channels, columns, height * width, *out_strides(shape, channels_last))
+    sizes = (widths, rows, channels, columns, height * width, *out_strides(shape, channels_last))
     return configs.launch(
         programs, sizes,
-        WIDTHS=widths, STRIDE=columns, EVEN_COLUMNS=columns % tiles.block_k == 0,
+        DIVISOR=math.gcd(8, *widths), EVEN_COLUMNS=columns % tiles.block_k == 0,
         ALIGNED=aligned and channels * dtype.itemsize % 16 == 0,
         PRECISION=precision, AMD=gpu.is_amd, RUN=out_run(shape, channels_last),
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, **tiles.options(gpu),

@@ -20,15 +20,6 @@ def follow_predecessor(PDL: tl.constexpr):
 
 
 @triton.jit
-def choosable(pointer, offset, AMD: tl.constexpr):
-    """``pointer + offset`` for ``tl.where``: on AMD as an integer, as its compiler ends on pointers (Triton 3.6)."""
-    if AMD:
-        return pointer.to(tl.int64) + offset.to(tl.int64) * (pointer.dtype.element_ty.primitive_bitwidth // 8)
-    else:  # without it, Triton would want one type of both
-        return pointer + offset
-
-
-@triton.jit
 def bias_relu(acc, b_ptr, offs_n, mask_n, dtype: tl.constexpr, RELU: tl.constexpr):
     """Return ``relu(round(acc + bias))``, without RELU the sum. NaN passes as in ATen: for it ``y <= 0`` is false."""
     bias = tl.load(b_ptr + offs_n, mask=mask_n, other=0.0)
@@ -39,15 +30,15 @@ def bias_relu(acc, b_ptr, offs_n, mask_n, dtype: tl.constexpr, RELU: tl.constexp
 @triton.jit
 def store_result(
     out_ptr, mask_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, stride_mask,
-    COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, SAVE: tl.constexpr, RUN: tl.constexpr,
+    column, mask_column, SAVE: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of a branch as ``store_out`` does, and with SAVE its packed ReLU mask from MASK_COLUMN on."""
+    """Store a tile of a branch as ``store_out`` does, and with SAVE its packed ReLU mask from ``mask_column`` on."""
     # In NCHW the mask first: the output's many addresses and what both are made of would not fit the registers.
     if SAVE and RUN > 0:
-        _store_active(mask_ptr + MASK_COLUMN, y, offs_m, M, first, columns, stride_mask)
-    store_out(out_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, COLUMN, RUN)
+        _store_active(mask_ptr + mask_column, y, offs_m, M, first, columns, stride_mask)
+    store_out(out_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, column, RUN)
     if SAVE and RUN == 0:
-        _store_active(mask_ptr + MASK_COLUMN, y, offs_m, M, first, columns, stride_mask)
+        _store_active(mask_ptr + mask_column, y, offs_m, M, first, columns, stride_mask)
 
 
 @triton.jit
@@ -69,34 +60,34 @@ def _store_active(mask_ptr, y, offs_m, M, first, columns, stride_mask):
 @triton.jit
 def store_out(
     out_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc,
-    COLUMN: tl.constexpr, RUN: tl.constexpr, ADD: tl.constexpr = False,
+    column, RUN: tl.constexpr, ADD: tl.constexpr = False,
 ):  # fmt: skip
     """Store ``y``, with ADD its sum with what is there: from channel ``first`` on, as far as there are ``columns``.
 
-    They are the output's from COLUMN on. RUN is from ``out_run``.
+    They are the output's from ``column`` on. RUN is from ``out_run``.
     """
     HALF: tl.constexpr = y.shape[1] // 2
     if RUN == 1:  # an address for each element: with ADD, those of all at once do not fit the registers
         left, right = tl.split(tl.permute(tl.reshape(y, (y.shape[0], 2, HALF)), (0, 2, 1)))
-        _store_part(out_ptr, left, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, COLUMN, RUN, ADD)
+        _store_part(out_ptr, left, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, column, RUN, ADD)
         _store_part(
             out_ptr, right, offs_m, M, first + HALF, columns,
-            pixels, stride_on, stride_op, stride_oc, COLUMN, RUN, ADD,
+            pixels, stride_on, stride_op, stride_oc, column, RUN, ADD,
         )  # fmt: skip
     else:
-        _store_part(out_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, COLUMN, RUN, ADD)
+        _store_part(out_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, column, RUN, ADD)
 
 
 @triton.jit
 def _store_part(
     out_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc,
-    COLUMN: tl.constexpr, RUN: tl.constexpr, ADD: tl.constexpr,
+    column, RUN: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     offs_n = first + tl.arange(0, y.shape[1])
     mask_m = offs_m < M
     # Divided in int32: in int64 each division is the call of a subroutine.
     rows = (offs_m // pixels).to(tl.int64) * stride_on + (offs_m % pixels).to(tl.int64) * stride_op
-    channels = (COLUMN + offs_n).to(tl.int64) * stride_oc
+    channels = (column + offs_n).to(tl.int64) * stride_oc
     if RUN > 0:
         # What is contiguous decides along what the lanes lie, and how wide accesses are, as far as it is aligned, too.
         # Odd images align nothing: there 2 makes nothing wider, and without it Triton 3.9 lays lanes along channels.

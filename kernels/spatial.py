@@ -5,6 +5,7 @@ Where the tiles say so, the library computes the convolutions instead (library.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,23 +24,21 @@ from fastinception.kernels.epilogue import (
     store_result,
 )
 from fastinception.kernels.library import library
+from fastinception.kernels.operands import before, number
 from fastinception.kernels.replay import Launched
 
 
 class Geometry(NamedTuple):
-    """What a convolution does, apart from its numbers: constants of the kernel, which finds them by their places."""
+    """What a convolution's loop is compiled for: constants of the kernel, which finds them by their places."""
 
-    in_channels: int
-    out_channels: int
     kernel_h: int
     kernel_w: int
     stride_h: int
     stride_w: int
     pad_h: int
     pad_w: int
-    column: int
-    mask_column: int
     block_n: int
+    divisor: int  # of its channels
 
 
 @triton.jit
@@ -54,8 +53,8 @@ def taps_inside(h, w, mask_m, H, W, KH: tl.constexpr, KW: tl.constexpr):
 
 @triton.jit
 def implicit_gemm(
-    x_ptr, w_ptr, offs_n, n, h, w, mask_m, K, H, W,
-    C: tl.constexpr, O: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    x_ptr, w_ptr, offs_n, n, h, w, mask_m, H, W, C, O, inverse, row_inverse,
+    KH: tl.constexpr, KW: tl.constexpr, DIVISOR: tl.constexpr,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Return the sums of products ``[BLOCK_M, BLOCK_N]`` of the windows at (h, w) of images n with channels offs_n.
@@ -63,7 +62,7 @@ def implicit_gemm(
     The reduction runs over j = tap * C + c, taps and channels packed without gaps, so that 16 channels of a 5x5
     waste nothing. x is channels_last, therefore consecutive j are consecutive addresses within a kernel row.
     Whether a tap lies inside the image is one bit per output pixel, computed once; j past the last tap finds no bit.
-    K = KH * KW * C comes as an argument: as a constant LLVM would unroll the whole reduction where it is short.
+    The inverses are of a list that ``inverses`` made. DIVISOR divides C and O.
 
     The weight is ``[O, C, KH, KW]``, channels_last. TRANSPOSED it is ``[C, O, KH, KW]`` and its taps are taken from the
     last to the first: the convolution that gives a data gradient.
@@ -71,18 +70,32 @@ def implicit_gemm(
     offs_k = tl.arange(0, BLOCK_K)
     inside = taps_inside(h, w, mask_m, H, W, KH, KW)
     x_rows = x_ptr + (((n.to(tl.int64) * H + h) * W + w) * C)[:, None]
-    mask_n = offs_n < O
-    w_rows = w_ptr + offs_n[None, :] * (1 if TRANSPOSED else KH * KW * C)
+    columns = before(offs_n, O, DIVISOR)
+    if TRANSPOSED:
+        weights = w_ptr + ((KH * KW - 1) * O + offs_k * (KH * KW * O))[:, None] + columns[None, :]
+    else:
+        weights = w_ptr + (columns * (KH * KW * C))[None, :]
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((h.shape[0], offs_n.shape[0]), dtype=dtype)
-    for k in range(0, K, BLOCK_K):
+    for k in range(0, KH * KW * C, BLOCK_K):
         j = k + offs_k
-        mask_x = (inside[:, None] & (1 << tl.minimum(j // C, 31))[None, :]) != 0  # bit 31 is never set
-        mask_w = mask_n[None, :] & (j < KH * KW * C)[:, None]
-        x_columns = j + (j // (KW * C)) * ((W - KW) * C)
+        mask_j = offs_k < KH * KW * C - k
+        x_columns = j
+        w_step = k * (KH * KW * O) if TRANSPOSED else j[:, None]
+        if KH * KW == 1:
+            mask_x = (inside != 0)[:, None] & mask_j[None, :]
+        else:
+            if inverse is None:
+                tap, tap_h = j // C, j // (KW * C)
+            else:  # the same: divisions would take more instructions than all else
+                tap, tap_h = tl.umulhi(j * 8, number(inverse)), tl.umulhi(j * 8, number(row_inverse))
+            tap, tap_h = tl.max_constancy(tap, DIVISOR), tl.max_constancy(tap_h, DIVISOR)
+            mask_x = (inside[:, None] & (1 << tl.minimum(tap, 31))[None, :]) != 0  # bit 31 is never set
+            x_columns += tap_h * ((W - KW) * C)
+            if TRANSPOSED:
+                w_step = (w_step - tap * ((KH * KW * C + 1) * O))[:, None]
         x = tl.load(x_rows + x_columns[None, :], mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_K]
-        w_columns = (j % C) * (KH * KW * O) + (KH * KW - 1 - j // C) * O if TRANSPOSED else j
-        weight = tl.load(w_rows + w_columns[:, None], mask=mask_w, other=0.0)  # [BLOCK_K, BLOCK_N]
+        weight = tl.load(weights + w_step, mask=mask_j[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=dtype)
     return acc
 
@@ -90,16 +103,16 @@ def implicit_gemm(
 @triton.jit
 def _conv_tile(
     tile, x_ptr, w_ptr, b_ptr, out_ptr, mask_ptr,
-    K, M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
-    C: tl.constexpr, O: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    C, O, inverse, row_inverse, column, mask_column,
+    M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    BLOCK_N: tl.constexpr, DIVISOR: tl.constexpr, PRECISION: tl.constexpr,
     SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``relu(conv2d(x, w, b))`` for BLOCK_M output pixels x BLOCK_N output channels."""
-    COLUMN_TILES: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
-    first = (tile % COLUMN_TILES) * BLOCK_N
-    offs_m = (tile // COLUMN_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column_tiles = tl.cdiv(O, BLOCK_N)
+    first = (tile % column_tiles) * BLOCK_N
+    offs_m = (tile // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = first + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
     mask_n = offs_n < O
@@ -108,19 +121,22 @@ def _conv_tile(
     pixel = offs_m % out_pixels
     h = (pixel // OUT_W) * SH - PH
     w = (pixel % OUT_W) * SW - PW
-    acc = implicit_gemm(x_ptr, w_ptr, offs_n, n, h, w, mask_m, K, H, W, C, O, KH, KW, False, PRECISION, BLOCK_K)
+    acc = implicit_gemm(
+        x_ptr, w_ptr, offs_n, n, h, w, mask_m, H, W, C, O, inverse, row_inverse,
+        KH, KW, DIVISOR, False, PRECISION, BLOCK_K,
+    )  # fmt: skip
 
     y = bias_relu(acc, b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty, RELU)
     store_result(
         out_ptr, mask_ptr, y, offs_m, M, first, O,
-        out_pixels, stride_on, stride_op, stride_oc, stride_mask, COLUMN, MASK_COLUMN, SAVE, RUN,
+        out_pixels, stride_on, stride_op, stride_oc, stride_mask, column, mask_column, SAVE, RUN,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "H", "W", "OUT_H", "OUT_W", "stride_mask"])
 def _spatial_kernel(
-    x_ptrs, w_ptrs, b_ptrs, out_ptr, mask_ptr, reductions,
-    M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
+    x_ptrs, w_ptrs, b_ptrs, out_ptr, mask_ptr, in_channels, out_channels, inverses, row_inverses,
+    columns, mask_columns, M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
     LEVEL: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -129,15 +145,30 @@ def _spatial_kernel(
     row_tiles = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0)
     for i in tl.static_range(len(LEVEL)):
-        tiles = row_tiles * ((LEVEL[i][1] + LEVEL[i][10] - 1) // LEVEL[i][10])
+        tiles = row_tiles * tl.cdiv(number(out_channels[i]), LEVEL[i][6])
         if (tile >= 0) & (tile < tiles):
             _conv_tile(
                 tile, x_ptrs[i], w_ptrs[i], b_ptrs[i], out_ptr, mask_ptr,
-                reductions[i], M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
+                number(in_channels[i], LEVEL[i][7]), number(out_channels[i], LEVEL[i][7]), inverses[i], row_inverses[i],
+                number(columns[i], LEVEL[i][7]), number(mask_columns[i]),
+                M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
                 LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], LEVEL[i][4], LEVEL[i][5], LEVEL[i][6], LEVEL[i][7],
-                LEVEL[i][8], LEVEL[i][9], LEVEL[i][10], PRECISION, SAVE, RELU, RUN, BLOCK_M, BLOCK_K,
+                PRECISION, SAVE, RELU, RUN, BLOCK_M, BLOCK_K,
             )  # fmt: skip
         tile -= tiles
+
+
+def inverses(channels: int, kernel_h: int, kernel_w: int) -> tuple[int | None, int | None]:
+    """Return by which factors ``umulhi(8 * j, factor)`` divides j by ``channels``, and by ``kernel_w * channels``.
+
+    For every j that a reduction meets. None where there are too many of them for that.
+    """
+    end = kernel_h * kernel_w * channels + 1024  # more than a step behind the last
+    divisors = channels, kernel_w * channels
+    one, other = factors = [-(-(1 << 29) // divisor) for divisor in divisors]
+    # Each is too large by less than one part in 2**29 of j, times this.
+    excess = max(factor * divisor - (1 << 29) for factor, divisor in zip(factors, divisors, strict=True))
+    return (one, other) if end * max(excess, 1) < 1 << 29 else (None, None)
 
 
 class Conv(NamedTuple):
@@ -211,18 +242,20 @@ def _launch(
     if tiles.library:
         return None, tiles
     level: list[Geometry] = []
+    sizes: list[tuple[int | None, ...]] = []
     programs = 0
     for (out_channels, in_channels, kernel_h, kernel_w), stride, padding, column, mask_column in convs:
         if kernel_h * kernel_w > 31:
             raise ValueError(f"a convolution of at most 31 taps was expected, got {kernel_h}x{kernel_w}")
         block_n = configs.narrow(tiles.block_n, out_channels)
-        geometry = (in_channels, out_channels, kernel_h, kernel_w, *stride, *padding)
-        level.append(Geometry(*geometry, column, mask_column, block_n))
+        divisor = math.gcd(8, in_channels, out_channels, column)
+        level.append(Geometry(kernel_h, kernel_w, *stride, *padding, block_n, divisor))
+        sizes.append((in_channels, out_channels, *inverses(in_channels, kernel_h, kernel_w), column, mask_column))
         programs += configs.tiles(rows, tiles.block_m) * configs.tiles(out_channels, block_n)
-    reductions = tuple(conv.in_channels * conv.kernel_h * conv.kernel_w for conv in level)
-    sizes = (reductions, rows, *size, out_height, out_width, *out_strides(out_shape, channels_last), mask_bytes)
+    lists = zip(*sizes, strict=True)
+    strides = out_strides(out_shape, channels_last)
     launch = configs.launch(
-        programs, sizes,
+        programs, (*lists, rows, *size, out_height, out_width, *strides, mask_bytes),
         LEVEL=tuple(tuple(geometry) for geometry in level), PRECISION=precision, SAVE=mask_bytes > 0, RELU=relu,
         RUN=out_run(out_shape, channels_last), BLOCK_M=tiles.block_m, BLOCK_K=tiles.block_k, **tiles.options(gpu),
     )  # fmt: skip

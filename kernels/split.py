@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
+from fastinception.kernels.operands import number_of, pointer_of
 from fastinception.kernels.replay import Launched
 
 
 class Branch(NamedTuple):
-    """Where a branch's gradient comes from and goes to. The kernel finds the first four by their places."""
+    """Where a branch's gradient comes from and goes to."""
 
     width: int
     column: int  # first channel in the output's gradient
@@ -25,23 +27,34 @@ class Branch(NamedTuple):
     sums: int  # where in ``partials`` its sums begin
 
 
-@triton.jit
-def _branch_tile(
-    tile, grad_ptr, mask_ptr, out_ptr, partials_ptr,
+@triton.jit(do_not_specialize=["M", "H", "W", "stride_mask"])
+def _split_kernel(
+    grad_ptr, mask_ptr, out_ptrs, partials_ptr, firsts, widths, columns, mask_columns, strides, sums,
     M, H, W, stride_gn, stride_gc, stride_gh, stride_gw, stride_mask,
-    WIDTH: tl.constexpr, COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, STRIDE: tl.constexpr,
-    RUN: tl.constexpr, STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGNED: tl.constexpr, RUN: tl.constexpr, STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Mask STEPS * BLOCK_M rows x BLOCK_N channels of one branch, and add up what passes, channel by channel."""
-    COLUMN_TILES: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
-    offs_n = (tile % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_b = (tile % COLUMN_TILES) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
-    mask_n = offs_n < WIDTH
-    columns = (COLUMN + offs_n).to(tl.int64) * stride_gc
+    """Mask STEPS * BLOCK_M rows x BLOCK_N channels of one branch, and add up what passes, channel by channel.
+
+    The tiles of the branches follow one another; ``firsts`` is where each one's begin. ALIGNED divides widths, columns
+    and strides, and more than 1 says that pointers are aligned to 16 bytes.
+    """
+    program = tl.program_id(0)
+    out_ptr = pointer_of(program, firsts, out_ptrs, ALIGNED > 1)
+    width = number_of(program, firsts, widths, ALIGNED)
+    column = number_of(program, firsts, columns, ALIGNED)
+    stride = number_of(program, firsts, strides, ALIGNED)
+    mask_column = number_of(program, firsts, mask_columns)
+    tile = program - number_of(program, firsts, firsts)
+    column_tiles = tl.cdiv(width, BLOCK_N)
+    part = tile // column_tiles
+    offs_n = (tile % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_b = (tile % column_tiles) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
+    mask_n = offs_n < width
+    channels = (column + offs_n).to(tl.int64) * stride_gc
     dtype: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
     total = tl.zeros((BLOCK_N,), dtype=dtype)
     for step in range(STEPS):
-        offs_m = ((tile // COLUMN_TILES) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_m = (part * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_n[None, :]
         rows = offs_m.to(tl.int64)
@@ -51,40 +64,20 @@ def _branch_tile(
         mask_g = mask
         if RUN > 0:  # as in epilogue.store_out
             pixels = tl.multiple_of(tl.max_contiguous(pixels, max(RUN, 2)), RUN)
-            columns = tl.multiple_of(columns, RUN)
+            channels = tl.multiple_of(channels, RUN)
             mask_g = tl.max_constancy(mask_m, RUN)[:, None] & mask_n[None, :]
-        grad = tl.load(grad_ptr + pixels[:, None] + columns[None, :], mask=mask_g, other=0.0)
+        grad = tl.load(grad_ptr + pixels[:, None] + channels[None, :], mask=mask_g, other=0.0)
         bits = tl.load(
-            mask_ptr + rows[:, None] * stride_mask + (MASK_COLUMN + offs_b)[None, :],
-            mask=mask_m[:, None] & (offs_b * 8 < WIDTH)[None, :],
+            mask_ptr + rows[:, None] * stride_mask + (mask_column + offs_b)[None, :],
+            mask=mask_m[:, None] & (offs_b * 8 < width)[None, :],
             other=0,
         )  # [BLOCK_M, BLOCK_N // 8]
         active = (bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
         # A choice, never a product: an infinite gradient times a zero mask would be NaN.
         grad = tl.where(tl.reshape(active, (BLOCK_M, BLOCK_N)) != 0, grad, 0.0)
-        tl.store(out_ptr + rows[:, None] * STRIDE + offs_n[None, :], grad, mask=mask)
+        tl.store(out_ptr + rows[:, None] * stride + offs_n[None, :], grad, mask=mask)
         total += tl.sum(grad.to(dtype), axis=0)
-    tl.store(partials_ptr + (tile // COLUMN_TILES) * WIDTH + offs_n, total, mask=mask_n)
-
-
-@triton.jit
-def _split_kernel(
-    grad_ptr, mask_ptr, out_ptrs, partials_ptr, sums,
-    M, H, W, stride_gn, stride_gc, stride_gh, stride_gw, stride_mask,
-    BRANCHES: tl.constexpr, RUN: tl.constexpr, STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One tile of one branch: the tiles of the branches follow one another."""
-    row_tiles = tl.cdiv(M, STEPS * BLOCK_M)
-    tile = tl.program_id(0)
-    for i in tl.static_range(len(BRANCHES)):
-        tiles = row_tiles * tl.cdiv(BRANCHES[i][0], BLOCK_N)
-        if (tile >= 0) & (tile < tiles):
-            _branch_tile(
-                tile, grad_ptr, mask_ptr, out_ptrs[i], partials_ptr + sums[i],
-                M, H, W, stride_gn, stride_gc, stride_gh, stride_gw, stride_mask,
-                BRANCHES[i][0], BRANCHES[i][1], BRANCHES[i][2], BRANCHES[i][3], RUN, STEPS, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        tile -= tiles
+    tl.store(partials_ptr + number_of(program, firsts, sums) + part * width + offs_n, total, mask=mask_n)
 
 
 def parts(rows: int, gpu: target.Gpu) -> int:
@@ -106,14 +99,20 @@ def split(
 
     All but mask and partials have one dtype. Checked by the caller.
     """
-    launch = _launch(branches, grad.shape, grad.stride(), mask.shape[1], target.gpu(grad.device))
+    aligned = not any(out.data_ptr() % 16 for out in outs)
+    launch = _launch(branches, grad.shape, grad.stride(), mask.shape[1], aligned, target.gpu(grad.device))
     with target.device_of(grad):
         return replay.launch(_split_kernel, launch, grad, mask, tuple(outs), partials)
 
 
 @configs.cached
 def _launch(
-    branches: tuple[Branch, ...], shape: torch.Size, strides: tuple[int, ...], mask_bytes: int, gpu: target.Gpu
+    branches: tuple[Branch, ...],
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    mask_bytes: int,
+    aligned: bool,
+    gpu: target.Gpu,
 ) -> configs.Launch:
     n, _, height, width = shape
     stride_n, stride_c, stride_h, stride_w = strides
@@ -121,11 +120,12 @@ def _launch(
     # As epilogue.out_run, of a gradient with any strides.
     run = math.gcd(height * width, stride_n, stride_c, 16) if (stride_h, stride_w) == (width, 1) else 0
     block_n = config.block_n // 2 if run == 1 else config.block_n  # an address for each element takes registers
-    tiles = sum(parts(rows, gpu) * configs.tiles(branch.width, block_n) for branch in branches)
-    sums = tuple(branch.sums for branch in branches)
-    sizes = (sums, rows, height, width, stride_n, stride_c, stride_h, stride_w, mask_bytes)
+    tiles = (parts(rows, gpu) * configs.tiles(branch.width, block_n) for branch in branches)
+    *firsts, end = itertools.accumulate(tiles, initial=0)
+    widths, columns, mask_columns, out_strides, sums = zip(*branches, strict=True)
+    lists = (tuple(firsts), widths, columns, mask_columns, out_strides, sums)
     return configs.launch(
-        tiles, sizes,
-        BRANCHES=tuple(tuple(branch[:4]) for branch in branches),
+        end, (*lists, rows, height, width, stride_n, stride_c, stride_h, stride_w, mask_bytes),
+        ALIGNED=math.gcd(8, *widths, *columns, *out_strides) if aligned else 1,
         RUN=run, STEPS=config.steps, BLOCK_M=config.block_m, BLOCK_N=block_n, num_warps=config.num_warps,
     )  # fmt: skip

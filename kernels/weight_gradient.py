@@ -14,15 +14,13 @@ from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
 from fastinception.kernels.epilogue import follow_predecessor
+from fastinception.kernels.operands import before, number, number_of, pointer_of
 from fastinception.kernels.replay import Launched
 from fastinception.kernels.spatial import taps_inside
 
 
 class Product(NamedTuple):
-    """One convolution with stride 1 whose output has its input's size: the gradient of its weight.
-
-    The kernel finds the first four by their places.
-    """
+    """One convolution with stride 1 whose output has its input's size: the gradient of its weight."""
 
     out_channels: int
     in_channels: int
@@ -48,14 +46,14 @@ class Sum(NamedTuple):
 @triton.jit
 def _product_tile(
     tile, part, g_ptr, x_ptr, partials_ptr, N, H, W, steps, steps_of_part, O, C, KH, KW,
-    IMAGES_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    IMAGES_FIRST: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sum ``g[m, o] * x[m shifted by tap, c]`` over one part of the pixels, for BLOCK_M o x BLOCK_N (tap, c).
 
     Columns are packed as in the forward, j = tap * C + c; the reduction, BLOCK_K a step, runs over pixels.
     IMAGES_FIRST, a step takes one pixel of BLOCK_K images: whether a tap lies inside is then one answer for all.
-    Else O, C, KH and KW have to be constants.
+    Else KH and KW have to be constants.
     """
     columns = KH * KW * C
     column_tiles = tl.cdiv(columns, BLOCK_N)
@@ -74,10 +72,13 @@ def _product_tile(
     image = first % tl.cdiv(N, BLOCK_K) * BLOCK_K
     pixel = first // tl.cdiv(N, BLOCK_K) if IMAGES_FIRST else first * BLOCK_K + offs_k
     h, w = pixel // W % H, pixel % W
-    # The operands of a step that begins with the first pixel of all; others add one number to the addresses.
+    # The operands of a step with the first pixel of all or, one image after another, of the part.
     apart = offs_k.to(tl.int64) * (H * W if IMAGES_FIRST else 1)
-    g_ptrs = g_ptr + offs_o[:, None] + (apart * O)[None, :]
+    g_ptrs = g_ptr + before(offs_o, O, ALIGNED)[:, None] + (apart * O)[None, :]
     x_ptrs = x_ptr + x_columns[None, :] + (apart * C)[:, None]
+    if not IMAGES_FIRST:
+        g_ptrs += tl.cast(first, tl.int64) * BLOCK_K * O
+        x_ptrs += tl.cast(first, tl.int64) * BLOCK_K * C
     end = tl.minimum(first + steps_of_part, steps)
     tl.assume(first < end)  # else, in IMAGES_FIRST, ptxas makes each product wait for the last (sm_90, Triton 3.6)
     for step in range(first, end):
@@ -95,7 +96,6 @@ def _product_tile(
         else:
             offs_m = step * BLOCK_K + offs_k
             mask_m = offs_m < N * H * W
-            row = tl.cast(step, tl.int64) * BLOCK_K
             if KH * KW == 1:
                 mask_x = mask_m[:, None] & mask_j[None, :]
             else:
@@ -105,55 +105,48 @@ def _product_tile(
                 h += BLOCK_K % (H * W) // W + tl.where(w < W, 0, 1)
                 w = tl.where(w < W, w, w - W)
                 h = tl.where(h < H, h, h - H)
-        g = tl.load(g_ptrs + row * O, mask=mask_m[None, :] & mask_o[:, None], other=0.0)  # [BLOCK_M, BLOCK_K]
+            row = (step - first) * BLOCK_K  # with its channels within 32 bits, as `divide` sees to
+        g = tl.load(g_ptrs + row * O, mask=mask_m[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         x = tl.load(x_ptrs + row * C, mask=mask_x, other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(g, x, acc, input_precision=PRECISION, out_dtype=dtype)
     out = partials_ptr + (part * O).to(tl.int64) * columns + offs_o[:, None] * columns + j[None, :]
     tl.store(out, acc, mask=mask_o[:, None] & mask_j[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "N", "H", "W", "steps", "steps_of_part"])
 def _weight_gradient_kernel(
-    g_ptrs, x_ptrs, partials_ptr, firsts, sums, level, tiles, N, H, W, steps, steps_of_part,
+    g_ptrs, x_ptrs, partials_ptr, firsts, sums, out_channels, in_channels, kernel_h, kernel_w,
+    tiles, N, H, W, steps, steps_of_part,
     LEVEL: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of one product over one part of the pixels: the tiles of a part follow one another.
 
-    ``firsts`` is where each product's begin. LEVEL is ``level``, where a step takes pixels of one image after another;
-    else None. ALIGNED divides the channels, and more than 1 says that pointers are aligned to 16 bytes.
+    ``firsts`` is where each product's begin. LEVEL has the kernels' sizes where a step takes pixels of one image after
+    another; else it is None. ALIGNED divides the channels and ``sums``, and more than 1 says that pointers are aligned
+    to 16 bytes.
     """
     follow_predecessor(PDL)
     part = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
     if LEVEL is None:  # choices: one loop, compiled once for blocks of any widths
-        g_ptr, x_ptr, first, start = g_ptrs[0], x_ptrs[0], firsts[0], sums[0]
-        o, c, kh, kw = level[0]
-        for i in tl.static_range(1, len(level)):
-            begun = tile >= firsts[i]
-            g_ptr = tl.where(begun, g_ptrs[i], g_ptr)
-            x_ptr = tl.where(begun, x_ptrs[i], x_ptr)
-            first = tl.where(begun, firsts[i], first)
-            start = tl.where(begun, sums[i], start)
-            o = tl.where(begun, level[i][0], o)
-            c = tl.where(begun, level[i][1], c)
-            kh = tl.where(begun, level[i][2], kh)
-            kw = tl.where(begun, level[i][3], kw)
-        # What a choice is a multiple of the compiler does not see.
-        o, c = tl.multiple_of(o, ALIGNED), tl.multiple_of(c, ALIGNED)
-        if ALIGNED > 1:
-            g_ptr, x_ptr = tl.multiple_of(g_ptr, 16), tl.multiple_of(x_ptr, 16)
         _product_tile(
-            tile - first, part, g_ptr, x_ptr, partials_ptr + start, N, H, W, steps, steps_of_part, o, c, kh, kw,
-            True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            tile - number_of(tile, firsts, firsts), part,
+            pointer_of(tile, firsts, g_ptrs, ALIGNED > 1), pointer_of(tile, firsts, x_ptrs, ALIGNED > 1),
+            partials_ptr + number_of(tile, firsts, sums, ALIGNED), N, H, W, steps, steps_of_part,
+            number_of(tile, firsts, out_channels, ALIGNED), number_of(tile, firsts, in_channels, ALIGNED),
+            number_of(tile, firsts, kernel_h), number_of(tile, firsts, kernel_w),
+            True, ALIGNED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         for i in tl.static_range(len(LEVEL)):
-            if (tile >= firsts[i]) & (tile < firsts[i + 1]):
+            first = number(firsts[i])
+            if (tile >= first) & (tile < number(firsts[i + 1])):
                 _product_tile(
-                    tile - firsts[i], part, g_ptrs[i], x_ptrs[i], partials_ptr + sums[i], N, H, W, steps, steps_of_part,
-                    LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3],
-                    False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                    tile - first, part, g_ptrs[i], x_ptrs[i], partials_ptr + number(sums[i], ALIGNED),
+                    N, H, W, steps, steps_of_part,
+                    number(out_channels[i], ALIGNED), number(in_channels[i], ALIGNED), LEVEL[i][0], LEVEL[i][1],
+                    False, ALIGNED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
 
 
@@ -166,7 +159,6 @@ def _sum_kernel(
     sizes,
     parts,
     strides,
-    COUNT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -177,28 +169,18 @@ def _sum_kernel(
     results follow one another; ``firsts`` is where each result's begin. ALIGNED divides sums, sizes and strides.
     """
     tile = tl.program_id(0)
-    out_ptr = out_ptrs[0]
-    first, start, size, count, stride = 0, 0, 0, 0, 0
-    for i in tl.static_range(COUNT):  # choices: by branches the loop would be compiled COUNT times
-        begun = tile >= firsts[i]
-        out_ptr = tl.where(begun, out_ptrs[i], out_ptr)
-        first = tl.where(begun, firsts[i], first)
-        start = tl.where(begun, sums[i], start)
-        size = tl.where(begun, sizes[i], size)
-        count = tl.where(begun, parts[i], count)
-        stride = tl.where(begun, strides[i], stride)
-    # What a choice is a multiple of the compiler does not see, and would load one number at a time.
-    start, size, stride = tl.multiple_of(start, ALIGNED), tl.multiple_of(size, ALIGNED), tl.multiple_of(stride, ALIGNED)
-    offs_n = (tile - first) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = number_of(tile, firsts, sums, ALIGNED)
+    size = number_of(tile, firsts, sizes, ALIGNED)
+    count = number_of(tile, firsts, parts)
+    offs_n = (tile - number_of(tile, firsts, firsts)) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < size
     offs_p = tl.arange(0, BLOCK_P)
-    part = partials_ptr + start + offs_p.to(tl.int64)[:, None] * stride + offs_n[None, :]
-    step = stride.to(tl.int64) * BLOCK_P
+    stride = number_of(tile, firsts, strides, ALIGNED).to(tl.int64)
+    part = partials_ptr + start + offs_p[:, None] * stride + offs_n[None, :]
     total = tl.zeros((BLOCK_P, BLOCK_N), dtype=partials_ptr.dtype.element_ty)
     for done in tl.range(0, count, BLOCK_P, loop_unroll_factor=4):
-        total += tl.load(part, mask=(offs_p < count - done)[:, None] & mask_n[None, :], other=0.0)
-        part += step
-    tl.store(out_ptr + offs_n, tl.sum(total, axis=0), mask=mask_n)
+        total += tl.load(part + done * stride, mask=(offs_p < count - done)[:, None] & mask_n[None, :], other=0.0)
+    tl.store(pointer_of(tile, firsts, out_ptrs, False) + offs_n, tl.sum(total, axis=0), mask=mask_n)
 
 
 class Division(NamedTuple):
@@ -234,6 +216,8 @@ def divide(
     images = filled if images_first else n
     steps = configs.tiles(images * height * width, tiles.block_k)
     steps_of_part = max(4, configs.tiles(steps, max(1, configs.PROGRAMS // programs)))
+    channels = max(size for product in products for size in product[:2])
+    steps_of_part = min(steps_of_part, max(1, (2**31 - 1) // (tiles.block_k * channels)))
     return Division(tiles, images_first, steps, steps_of_part, configs.tiles(steps, steps_of_part))
 
 
@@ -280,11 +264,11 @@ def _launch(
 ) -> configs.Launch:
     tiles, images_first, steps, steps_of_part, parts = division
     *firsts, programs = itertools.accumulate((_programs([product], tiles) for product in products), initial=0)
-    sums, level = tuple(product.sums for product in products), tuple(tuple(product[:4]) for product in products)
-    channels = [size for product in products for size in product[:2]]
+    *shapes, sums = zip(*products, strict=True)
     return configs.launch(
-        programs * parts, ((*firsts, programs), sums, level, programs, *shape, steps, steps_of_part),
-        LEVEL=None if images_first else level, ALIGNED=math.gcd(16, *channels) if aligned else 1, PRECISION=precision,
+        programs * parts, ((*firsts, programs), sums, *shapes, programs, *shape, steps, steps_of_part),
+        LEVEL=None if images_first else tuple(zip(*shapes[2:], strict=True)),
+        ALIGNED=math.gcd(8, *sums, *shapes[0], *shapes[1]) if aligned else 1, PRECISION=precision,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, **tiles.options(gpu),
     )  # fmt: skip
 
@@ -306,6 +290,6 @@ def _sum_launch(sums: tuple[Sum, ...], gpu: target.Gpu) -> configs.Launch:
     *firsts, end = itertools.accumulate((configs.tiles(size, config.block_n) for size in elements), initial=0)
     return configs.launch(
         end, (tuple(firsts), starts, elements, parts, strides),
-        COUNT=len(sums), ALIGNED=math.gcd(16, *elements, *starts, *strides),
+        ALIGNED=math.gcd(8, *elements, *starts, *strides),
         BLOCK_P=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
     )  # fmt: skip

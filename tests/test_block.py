@@ -221,6 +221,17 @@ def test_a_step_takes_one_pixel_of_64_images_where_few_are_beyond_the_batch(batc
     assert (division.images_first, division.steps) == (images_first, steps)
 
 
+@pytest.mark.parametrize("channels", [16, 4096, 1 << 20])
+def test_addresses_inside_a_part_fit_32_bits(channels):
+    tiles, gpu = configs.Tiles(64, 64, 64, num_warps=4, num_stages=2), target.gpu(torch.device("cpu"))
+    shape, product = (1, 1 << 14, 1 << 14), weight_gradient.Product(1 << 20, channels, 1, 1)
+    division = weight_gradient.divide(shape, [product], torch.float16, gpu, tiles)
+    assert division.steps_of_part * 64 * (1 << 20) < 1 << 31
+    assert division.steps_of_part * division.parts >= division.steps == (1 << 28) // 64
+    small = weight_gradient.divide(shape, [product._replace(out_channels=64)], torch.float16, gpu, tiles)
+    assert small.steps_of_part * 64 * channels < 1 << 31
+
+
 @pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("batch", [3, 30, 32])  # a step of a weight gradient takes one pixel of 16 images, if so many
 def test_the_backward_stays_inside_its_tensors(monkeypatch, batch, format):
@@ -256,18 +267,24 @@ def test_the_backward_stays_inside_its_tensors(monkeypatch, batch, format):
 @pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("size", [(3, 5), (3, 2), (2, 2), (6, 4), (4, 4)])  # pixels that 1, 2, 4, 8 and 16 divide
 def test_what_the_compiler_is_told_holds(monkeypatch, size, format):
-    """Of multiples and of constancy, what widths and masks rest on, at the places where it is said."""
+    """Of multiples, runs and constancy, what widths and masks rest on, at the places where it is said."""
     told = collections.Counter()
 
     def set_attr(handle: Any, name: str, values: list[int]) -> None:
-        (n,), data = values, np.atleast_1d(handle.data).astype(np.int64)
-        if name == "tt.divisibility":  # of each number, or of the first of each n side by side
+        (*_, n), data = values, np.atleast_1d(handle.data).astype(np.int64)
+        if len(values) == 2:  # of addresses along rows, eight bytes each
+            assert name == "tt.divisibility"
+            assert (data[:, :: n // 8] % n == 0).all(), (n, data)
+        elif name == "tt.divisibility":  # of each number, or of the first of each n side by side
             runs = data.reshape(-1, n) if data.size > 1 else data[:, None]
             assert (data % n == 0).all() or ((runs[:, 0] % n == 0).all() and (np.diff(runs) == 1).all()), (n, data)
         elif name == "tt.constancy":
             assert (np.diff(data.reshape(-1, n)) == 0).all(), (n, data)
-        told[name, n] += 1
+        elif (name, n, run) != ("tt.contiguity", 2, 1):  # of odd images, where it widens nothing
+            assert (np.diff(data.reshape(-1, n)) == 1).all(), (n, data)
+        told[(name, *values)] += 1
 
+    run = math.gcd(math.prod(size), 16)
     monkeypatch.setattr(interpreter.TensorHandle, "set_attr", set_attr)
     tiles = configs.Tiles(32, 32, 16, num_warps=4, num_stages=2)  # a step of one pixel of 16 images
     monkeypatch.setitem(configs.DEFAULTS, "weight_gradient", lambda dtype, chip: tiles)
@@ -279,9 +296,11 @@ def test_what_the_compiler_is_told_holds(monkeypatch, size, format):
         y = block(x.requires_grad_())
         y.backward(torch.randn_like(y))
     configs.forget()
-    run = math.gcd(math.prod(size), 16)
     assert ("tt.divisibility", 16) in told  # the entry's weights
-    assert (("tt.constancy", run) in told) is (format is torch.contiguous_format)
+    assert ("tt.divisibility", 1, 16) in told  # the same, for its gradient
+    # Of taps, as far as 8 divides the channels, and of pixels.
+    constant = {n for name, *_, n in told if name == "tt.constancy"}
+    assert constant == ({1, 8, run} if format is torch.contiguous_format else {1, 8})
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="runs another chip's code, in the interpreter")

@@ -69,6 +69,16 @@ def test_bad_tiles_are_refused(change, message):
         configs.Tiles(**TILES | change)
 
 
+def test_numbers_in_a_list_are_neither_1_nor_multiples_of_16():
+    numbers = (*range(100), (1 << 29) - 1, 1 << 29)
+    launch = configs.launch(3, (16, numbers, (None, 1)))
+    single, listed, others = launch.sizes
+    assert (launch.grid, single, others) == ((3,), 16, (None, 5))
+    assert all(number > 1 and number % 16 for number in listed)
+    assert max(listed) < 1 << 31
+    assert configs.from_list(listed) == numbers
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("chip", ["cpu", "sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
 def test_defaults(dtype, chip):

@@ -422,6 +422,35 @@ def test_more_taps_than_bits_are_refused():
         Spatial(1, 9, 9, [(1, 1, (4, 8), (1, 1), (0, 0))])
 
 
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 5), (1, 7), (31, 1), (1, 31)])
+def test_a_factor_divides_all_that_a_reduction_meets(kernel):
+    kernel_h, kernel_w = kernel
+    generator, refused = np.random.default_rng(0), []
+    for channels in (*range(1, 300), *range(300, 20_000, 37), 512, 1 << 12, 1 << 14):
+        end = kernel_h * kernel_w * channels + 1024
+        factors = spatial_module.inverses(channels, *kernel)
+        if factors == (None, None):
+            refused.append(channels)
+            continue
+        for divisor, factor in zip((channels, kernel_w * channels), factors, strict=True):
+            multiples = np.arange(divisor, end, max(divisor, end // 50 // divisor * divisor))
+            j = np.concatenate([generator.integers(0, end, 50), multiples, multiples - 1, [end - 1]])
+            assert (8 * j < 1 << 32).all()
+            assert (8 * j * factor >> 32 == j // divisor).all(), (channels, divisor)
+    assert not refused or min(refused) > 700  # far beyond those of a network
+
+
+def test_too_many_channels_for_a_factor_are_divided(monkeypatch):
+    monkeypatch.setattr(spatial_module, "inverses", lambda *_: (None, None))
+    monkeypatch.setattr(data_gradient_module, "inverses", lambda *_: (None, None))
+    configs.forget()
+    Spatial(2, 5, 7, [(15, 17, *SAME3), (9, 4, *SAME5)]).check()
+    block = FastInception(6, 4, (5, 9), (3, 7), 4, backend="triton").to(DEVICE, torch.float64)
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64, device=DEVICE)
+    assert torch.autograd.gradcheck(block, x.requires_grad_(), fast_mode=True)
+    configs.forget()
+
+
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_values_stay_in_their_windows(special, dtype):
