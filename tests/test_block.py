@@ -303,6 +303,19 @@ def test_what_the_compiler_is_told_holds(monkeypatch, size, format):
     assert constant == ({1, 8, run} if format is torch.contiguous_format else {1, 8})
 
 
+@pytest.mark.parametrize("odd", range(7))
+def test_what_divides_the_widths_divides_each_of_them(odd):
+    """One of all is no multiple of 8: what a kernel takes for its divisor has to count it."""
+    k, c1, c21, c22, c31, c32, c4 = (12 if place == odd else 8 for place in range(7))
+    plain = Inception(k, c1, (c21, c22), (c31, c32), c4).to(DEVICE, torch.float64)
+    fast = FastInception.from_reference(plain, backend="triton")
+    x = images((2, k, 3, 4), torch.float64).requires_grad_()
+    inputs, upstream = [x, *plain.parameters()], randn_like(plain(x))
+    torch.testing.assert_close(fast(x), plain(x))
+    ours, theirs = (torch.autograd.grad(block(x), inputs, upstream) for block in (fast, plain))
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="runs another chip's code, in the interpreter")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_what_is_special_on_amd_gives_the_same_numbers(monkeypatch, dtype):
