@@ -206,16 +206,16 @@ def parts(kernel: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, A
     given = dict(zip(function.arg_names, args, strict=False)) | kwargs
     rows, depth = given["BLOCK_M"], given["BLOCK_K"]
     if kernel in ("spatial", "data_gradient"):
-        reduced, stored = ("in_channels", "out_channels")[:: 1 if kernel == "spatial" else -1]
-        return [
+        reduced, stored = map(configs.from_list, (given["in_channels"], given["out_channels"]))
+        if kernel == "data_gradient":
+            reduced, stored = stored, reduced
+        return [  # the constants begin with the kernel's size and end with the tile's width and a divisor
             Part(
-                f"{constant[0]}x{constant[1]}",
-                (rows, constant[-2], depth),
-                configs.tiles(constant[0] * constant[1] * c, depth) * configs.tiles(o, constant[-2]),
+                f"{kernel_h}x{kernel_w}",
+                (rows, width, depth),
+                configs.tiles(kernel_h * kernel_w * c, depth) * configs.tiles(o, width),
             )
-            for constant, c, o in zip(
-                given["LEVEL"], *map(configs.from_list, (given[reduced], given[stored])), strict=True
-            )
+            for (kernel_h, kernel_w, *_, width, _), c, o in zip(given["LEVEL"], reduced, stored, strict=True)
         ]
     tile = (rows, given["BLOCK_N"], depth)
     if kernel == "weight_gradient":

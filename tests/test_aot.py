@@ -48,13 +48,13 @@ LIMITS = {
     "entry gemm": {"infer": 0.31, "train": 0.31},
     "entry pool": {"infer": 2.5, "train": 5},
     "spatial": {"infer": 0.45, "train": 0.45},
-    "data_gradient": {"train": 0.81},
+    "data_gradient": {"train": 0.71},
     "entry_gradient": {"train": 0.53},
     "weight_gradient": {"train": 0.6},
 }
-# Here 0.5 is not reached on Triton 3.9, 0.514: the 5x5 has 32 channels (1.5 by itself), and 3.9 spends ten
-# instructions a step more than 3.6 (0.46).
-EXCEPTIONS = {("3a", "spatial"): 0.52}
+# In 3a the 5x5 has 32 channels (1.5 by itself), and Triton 3.9 spends ten instructions a step more than 3.6: 0.514 and
+# 0.46. In 3b its gradient has 32 and adds up 96, a larger part of the launch than in other blocks.
+EXCEPTIONS = {("3a", "spatial"): 0.52, ("3b", "data_gradient"): 0.81}
 
 # Two warpgroups. The loop from 0x10 to 0xb0 has 11 instructions, two products and two groups of copies, one each.
 PIPELINED = """
