@@ -8,6 +8,7 @@ import io
 import json
 import platform
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fastinception.trainer import Trainer
 
 _HERE = Path(__file__).resolve().parent
+CURVES_SECONDS = 60.0  # between two drawings: one takes as long as an epoch on a fast GPU
 
 
 class Display:
@@ -35,6 +37,7 @@ class Display:
         console = Console()
         self.bar = Progress(*columns, console=console, disable=rank != 0 or not console.is_terminal, transient=True)
         self.task = self.bar.add_task("", total=None)
+        self.drawn = time.perf_counter()
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
@@ -52,7 +55,7 @@ class Display:
             self.bar.update(self.task, description=words, completed=run.step, total=run.steps)
 
     def epoch(self, run: Trainer) -> None:
-        """Print the last finished epoch and write the record."""
+        """Print the last finished epoch and write the record; the curves behind the last one, or once a minute."""
         if self.rank == 0:
             row = run.history[-1]
             self.say(
@@ -61,10 +64,18 @@ class Display:
                 f"accuracy {row['test_accuracy']:.3f}; {row['examples_per_second']:.1f} examples/s, "
                 f"{row['examples_per_second_end_to_end']:.1f} end to end"
             )
+            draw = run.epoch == run.config["epochs"] or time.perf_counter() - self.drawn >= CURVES_SECONDS
+            write_record(run, curves=draw)
+            if draw:
+                self.drawn = time.perf_counter()
+
+    def stop(self, run: Trainer) -> None:
+        """Draw the curves of a run that ends before its last epoch."""
+        if self.rank == 0:
             write_record(run)
 
 
-def write_record(run: Trainer) -> None:
+def write_record(run: Trainer, *, curves: bool = True) -> None:
     """Write config.json, environment.json, metrics.json, metrics.csv and curves.png into the run's folder.
 
     ``environment.json`` has an entry for each start and resume of the run. The columns of the metrics, one row an
@@ -82,7 +93,8 @@ def write_record(run: Trainer) -> None:
         writer.writeheader()
         writer.writerows(run.history)
         checkpoint.write(run.folder / "metrics.csv", table.getvalue().encode())
-        checkpoint.write(run.folder / "curves.png", _curves(run.history))
+        if curves:
+            checkpoint.write(run.folder / "curves.png", _curves(run.history))
 
 
 def _curves(history: Sequence[dict[str, Any]]) -> bytes:

@@ -290,7 +290,7 @@ def _train_in(
     run.save(rotate=False)
     if world.rank == 0:
         checkpoint.check_space(folder)
-        write_record(run)
+        write_record(run, curves=False)
     with _signals(run), display.bar:
         display.say(
             f"GoogLeNet with {config['block']} blocks{', compiled' if compiled else ''}, amp {config['amp']}, "
@@ -301,9 +301,13 @@ def _train_in(
             display.say(f"this CPU has no {config['amp']} products: fast blocks compute in fp32, plain ones slowly")
         try:
             run.run(config["checkpoint_steps"], display)
+        except TrainingError:
+            display.stop(run)
+            raise
         except Stopped as stopped:
             (signum,) = stopped.args
             run.save()
+            display.stop(run)
             display.say(f"stopped by {signal.Signals(signum).name}; continue with --output {folder} --resume")
             return 128 + int(signum)
     return 0

@@ -22,7 +22,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from fastinception import GoogLeNet, Inception, checkpoint, functional, train, trainer
+from fastinception import GoogLeNet, Inception, checkpoint, functional, record, train, trainer
 from fastinception.data import fashion_mnist
 from fastinception.googlenet import xavier_uniform_
 
@@ -386,6 +386,18 @@ def test_signal_while_testing(command, finished, tmp_path, monkeypatch):
     assert_same_run(folder, finished)
 
 
+def test_curves_are_drawn_at_the_end_and_once_a_minute(command, tmp_path, monkeypatch):
+    folder, drawn = tmp_path / "run", []
+    monkeypatch.setattr(record, "_curves", lambda history: str(drawn.append(len(history))).encode())
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "CURVES_SECONDS", 0)
+        at_step(patch, STEPS + 1, lambda x: signal.raise_signal(signal.SIGTERM))
+        assert command(folder) == 143
+    assert drawn == [1, 1]
+    assert command(folder, "--resume", epochs=3) == 0
+    assert drawn == [1, 1, 3]
+
+
 def test_finished_run_is_left_alone_or_prolonged(command, finished, tmp_path, capsys):
     folder = tmp_path / "run"
     assert command(folder, epochs=1) == 0
@@ -526,6 +538,7 @@ def test_non_finite_loss_names_its_batch(command, tmp_path, monkeypatch, capsys)
     assert position(folder) == (1, 0)
     assert all(bool(torch.isfinite(value).all()) for value in weights(folder).values())
     assert len(metrics(folder)) == 1
+    assert (folder / "curves.png").exists()
 
 
 def test_non_finite_weights_are_no_checkpoint(command, tmp_path, monkeypatch, capsys):
