@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -47,74 +46,10 @@ def few(usual_few: int, monkeypatch: pytest.MonkeyPatch) -> int:
     return usual_few
 
 
-def _hasten_interpreter() -> None:
-    """Spare Triton's interpreter work that changes no number, and takes two thirds of its time.
-
-    For every sum and product of integers it computes whether they overflow, for an assertion that it leaves out (its
-    option ``debug`` is off). In each call of a device function it looks through triton.language again for what it
-    put there at the first. For every value it checks and wraps a shape that it has met before. For every operation it
-    compares shapes that are one, works out again which dtype comes of two, and builds a table of all to look one up.
-    """
-    from triton.language import core, semantic
-    from triton.runtime import interpreter
-
-    builder, function = interpreter.interpreter_builder, interpreter.InterpretedFunction
-    assert not builder.options.debug
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    first_call, called = function.__call__, set()
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self in called:
-            return self.rewrite()(*args, **kwargs)
-        called.add(self)
-        return first_call(self, *args, **kwargs)
-
-    function.__call__ = call
-
-    first_type, first_tensor, first_dtype = core.block_type.__init__, core.tensor.__init__, interpreter._get_np_dtype
-    types: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-    tensors: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-    dtypes: dict[str, Any] = {}
-
-    def make_type(self: Any, element_ty: Any, shape: Any) -> None:
-        if (key := tuple(shape)) not in types:
-            first_type(self, element_ty, shape)
-            types[key] = self.shape, self.numel, str(self.shape)
-        self.element_ty = element_ty
-        self.shape, self.numel, words = types[key]
-        self.name = f"<{words}, {element_ty}>"
-
-    def make_tensor(self: Any, handle: Any, type: Any) -> None:
-        if (key := tuple(type.shape) if type.is_block() else ()) not in tensors:
-            first_tensor(self, handle, type)
-            tensors[key] = self.shape, self.numel
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = tensors[key]
-
-    def look_up(dtype: Any) -> Any:
-        if (name := dtype.scalar.name) not in dtypes:
-            dtypes[name] = first_dtype(dtype)
-        return dtypes[name]
-
-    core.block_type.__init__, core.tensor.__init__, interpreter._get_np_dtype = make_type, make_tensor, look_up
-
-    semantics = semantic.TritonSemantic
-    first_broadcast, first_result = semantics.broadcast_impl_value, semantics.computation_type_impl
-    results: dict[tuple[Any, ...], Any] = {}
-
-    def broadcast(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
-        return (lhs, rhs) if lhs.shape is rhs.shape else first_broadcast(self, lhs, rhs)
-
-    def result(self: Any, a: Any, a_is_scalar: bool, b: Any, b_is_scalar: bool, divides: bool) -> Any:
-        if (key := (a.name, a_is_scalar, b.name, b_is_scalar, divides)) not in results:
-            results[key] = first_result(self, a, a_is_scalar, b, b_is_scalar, divides)
-        return results[key]
-
-    semantics.broadcast_impl_value, semantics.computation_type_impl = broadcast, result
-
-
 if not HAS_GPU and importlib.util.find_spec("triton"):
-    _hasten_interpreter()
+    from tests.interpreter import hasten
+
+    hasten()
 
 
 @pytest.fixture(scope="session")
