@@ -64,19 +64,19 @@ class Display:
                 f"accuracy {row['test_accuracy']:.3f}; {row['examples_per_second']:.1f} examples/s, "
                 f"{row['examples_per_second_end_to_end']:.1f} end to end"
             )
-            draw = run.epoch == run.config["epochs"] or time.perf_counter() - self.drawn >= CURVES_SECONDS
-            write_record(run, curves=draw)
-            if draw:
-                self.drawn = time.perf_counter()
-
-    def stop(self, run: Trainer) -> None:
-        """Draw the curves of a run that ends before its last epoch."""
-        if self.rank == 0:
             write_record(run)
+            if run.epoch == run.config["epochs"] or time.perf_counter() - self.drawn >= CURVES_SECONDS:
+                self.curves(run)
+
+    def curves(self, run: Trainer) -> None:
+        """Draw curves.png into the run's folder, where an epoch is finished."""
+        if self.rank == 0 and run.history:
+            checkpoint.write(run.folder / "curves.png", _curves(run.history))
+            self.drawn = time.perf_counter()
 
 
-def write_record(run: Trainer, *, curves: bool = True) -> None:
-    """Write config.json, environment.json, metrics.json, metrics.csv and curves.png into the run's folder.
+def write_record(run: Trainer) -> None:
+    """Write config.json, environment.json, metrics.json and metrics.csv into the run's folder.
 
     ``environment.json`` has an entry for each start and resume of the run. The columns of the metrics, one row an
     epoch: means over the examples; ``examples_per_second`` as the textbook counts, over the time of the steps alone
@@ -93,8 +93,6 @@ def write_record(run: Trainer, *, curves: bool = True) -> None:
         writer.writeheader()
         writer.writerows(run.history)
         checkpoint.write(run.folder / "metrics.csv", table.getvalue().encode())
-        if curves:
-            checkpoint.write(run.folder / "curves.png", _curves(run.history))
 
 
 def _curves(history: Sequence[dict[str, Any]]) -> bytes:

@@ -282,6 +282,7 @@ def _train_in(
         if world.rank == 0 and checkpoint.newest(folder):  # a crash may have come before the last epoch's record
             run.config = state["config"]
             write_record(run)
+            display.curves(run)
         display.say(f"nothing to do: {run.epoch} epochs are finished; prolong the run with --epochs")
         return 0
     how = {"block": config["block"], "compile": compiled, "device": world.device.type, "processes": world.size}
@@ -290,7 +291,7 @@ def _train_in(
     run.save(rotate=False)
     if world.rank == 0:
         checkpoint.check_space(folder)
-        write_record(run, curves=False)
+        write_record(run)
     with _signals(run), display.bar:
         display.say(
             f"GoogLeNet with {config['block']} blocks{', compiled' if compiled else ''}, amp {config['amp']}, "
@@ -302,12 +303,13 @@ def _train_in(
         try:
             run.run(config["checkpoint_steps"], display)
         except TrainingError:
-            display.stop(run)
+            with contextlib.suppress(OSError):  # what is wrong with the training comes first
+                display.curves(run)
             raise
         except Stopped as stopped:
             (signum,) = stopped.args
             run.save()
-            display.stop(run)
+            display.curves(run)
             display.say(f"stopped by {signal.Signals(signum).name}; continue with --output {folder} --resume")
             return 128 + int(signum)
     return 0

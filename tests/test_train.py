@@ -365,6 +365,7 @@ def test_signal_writes_a_checkpoint_and_ends(command, finished, tmp_path, monkey
         assert command(folder, "--checkpoint-steps", "100") == status
     assert signal.getsignal(signum) is before
     assert position(folder) == (0, 3)
+    assert not (folder / "curves.png").exists()  # no epoch to draw
     assert f"--output {folder} --resume" in capsys.readouterr().out
     assert command(folder, "--resume", "--checkpoint-steps", "100") == 0
     assert_same_run(folder, finished)
@@ -396,6 +397,18 @@ def test_curves_are_drawn_at_the_end_and_once_a_minute(command, tmp_path, monkey
     assert drawn == [1, 1]
     assert command(folder, "--resume", epochs=3) == 0
     assert drawn == [1, 1, 3]
+    assert command(folder, "--resume", epochs=3) == 0  # a crash may have come before the last drawing
+    assert drawn == [1, 1, 3, 3]
+
+
+def test_a_drawing_that_fails_does_not_hide_why_a_run_ends(command, tmp_path, monkeypatch, capsys):
+    def full(history: list[Any]) -> bytes:
+        raise OSError("no space for the curves")
+
+    monkeypatch.setattr(record, "_curves", full)
+    at_step(monkeypatch, STEPS + 1, lambda x: x * math.nan)
+    assert command(tmp_path / "run") == 1
+    assert "the training loss is not finite" in capsys.readouterr().err
 
 
 def test_finished_run_is_left_alone_or_prolonged(command, finished, tmp_path, capsys):
