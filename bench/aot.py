@@ -6,12 +6,11 @@ Not under ``TRITON_INTERPRET=1``: the interpreter replaces the compiler.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 from unittest import mock
@@ -245,21 +244,20 @@ def parts(kernel: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, A
 def measure(case: Case, kernels: Collection[str] = tuple(KERNELS)) -> list[dict[str, Any]]:
     """Compile a case's kernels; return for each of ``kernels`` what the machine code uses, ready for JSON."""
     dtype = DTYPES[case.dtype]
-    rows = []
     batch, side = map(int, case.images.split("x"))
     arguments = case.chip, WIDTHS[case.block], dtype, case.mode == "train", batch, side, case.layout
-    for name, launch in launches(*arguments).items():
-        if name not in kernels:
-            continue
-        kernel = compile_launch(*launch, case.chip)
-        row = case._asdict() | {"kernel": name, "shared": kernel.metadata.shared}
-        if case.chip.startswith("gfx"):
-            row |= _read_amd(kernel.asm["amdgcn"])
-        else:
-            rate = CHIPS[case.chip].fma // (2 if dtype is torch.float32 else 1)
-            expected = parts(name, *launch)
-            row |= _read_nvidia(kernel.asm["cubin"], kernel.metadata.num_warps, expected, rate)
-        rows.append(row)
+    chosen = {name: launch for name, launch in launches(*arguments).items() if name in kernels}
+    compiled = [compile_launch(*launch, case.chip) for launch in chosen.values()]
+    rows = [
+        case._asdict() | {"kernel": name, "shared": kernel.metadata.shared}
+        for name, kernel in zip(chosen, compiled, strict=True)
+    ]
+    if case.chip.startswith("gfx"):
+        return [row | _read_amd(kernel.asm["amdgcn"]) for row, kernel in zip(rows, compiled, strict=True)]
+    rate = CHIPS[case.chip].fma // (2 if dtype is torch.float32 else 1)
+    for row, kernel, code in zip(rows, compiled, disassemble(compiled, case.chip), strict=True):
+        expected = parts(row["kernel"], *chosen[row["kernel"]])
+        row |= read_nvidia(kernel, code) | _loops(code, kernel.metadata.num_warps, expected, rate)
     return rows
 
 
@@ -283,26 +281,35 @@ def _read_amd(text: str) -> dict[str, Any]:
     }
 
 
-@functools.lru_cache(32)  # several blocks have the same
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """Return what a kernel uses, and its SASS."""
+_disassembled: dict[bytes, list[sass.Instruction]] = {}  # by cubin: several blocks have the same
+
+
+def disassemble(kernels: Sequence[CompiledKernel], chip: str) -> list[list[sass.Instruction]]:
+    """Return the instructions of kernels for one NVIDIA chip, in one run of the disassembler, whose start is slow."""
+    cubins = [kernel.asm["cubin"] for kernel in kernels]
+    texts = {cubin: sass.text_section(cubin) for cubin in cubins if cubin not in _disassembled}
+    if texts:
+        with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+            file.write(b"".join(texts.values()))
+            file.flush()
+            arch = f"SM{chip[3:]}" + ("a" if int(chip[3:]) >= 90 else "")
+            command = triton.knobs.nvidia.nvdisasm.path, "--binary", arch, file.name
+            code = sass.parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        for cubin, text in texts.items():
+            count = len(text) // sass.INSTRUCTION_BYTES
+            _disassembled[cubin], code = code[:count], code[count:]
+    return [_disassembled[cubin] for cubin in cubins]
+
+
+def read_nvidia(kernel: CompiledKernel, code: list[sass.Instruction]) -> dict[str, Any]:
+    """Return what a kernel uses, and how it accesses memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(kernel.asm["cubin"])
         file.flush()
-        command = triton.knobs.nvidia.cuobjdump.path, file.name
-        usage, text = (
-            subprocess.run([*command, flag], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    return usage, text
-
-
-def _read_nvidia(cubin: bytes, warps: int, expected: list[Part], rate: int) -> dict[str, Any]:
-    usage, text = _disassemble(cubin)
+        command = triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    code = sass.parse(text)
-    loops = sass.main_loops(code, warps)
-    row = {
+    return {
         "registers": int(registers),
         "stack": int(stack),
         "local": sum(i.base in ("LDL", "STL") for i in code),
@@ -311,10 +318,15 @@ def _read_nvidia(cubin: bytes, warps: int, expected: list[Part], rate: int) -> d
         "loads": sass.widths(code, "LDG", "LDGSTS"),
         "stores": sass.widths(code, "STG"),
     }
+
+
+def _loops(code: list[sass.Instruction], warps: int, expected: list[Part], rate: int) -> dict[str, Any]:
+    """Describe the main loop of each expected product, and what they ask of a whole launch."""
+    loops = sass.main_loops(code, warps)
     if len(loops) != len(expected):  # unrolled, or several for one product: nothing to attribute
-        return row | {"loops": {}, "launch_pressure": None}
+        return {"loops": {}, "launch_pressure": None}
     if not expected:
-        return row
+        return {}
     described = {}
     for part in expected:  # the compiler may swap the branches of a kernel
 
@@ -326,7 +338,7 @@ def _read_nvidia(cubin: bytes, warps: int, expected: list[Part], rate: int) -> d
         described[part.name] = _pressures(loop, part, warps, rate)
     issue = sum(part.steps * described[part.name]["issue_cycles"] for part in expected)
     tensor = sum(part.steps * described[part.name]["tensor_cycles"] for part in expected)
-    return row | {"loops": described, "launch_pressure": issue / tensor}
+    return {"loops": described, "launch_pressure": issue / tensor}
 
 
 def _pressures(loop: sass.Loop, part: Part, warps: int, rate: int) -> dict[str, Any]:

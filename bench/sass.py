@@ -1,4 +1,4 @@
-"""Read NVIDIA machine code (SASS) as ``cuobjdump -sass`` prints it: widths of accesses, and what a main loop costs.
+"""Read NVIDIA machine code (SASS) as ``nvdisasm`` prints it: widths of accesses, and what a main loop costs.
 
 A main loop is an innermost loop with tensor-core instructions. All figures are per iteration of one whole program.
 """
@@ -6,12 +6,14 @@ A main loop is an innermost loop with tensor-core instructions. All figures are 
 from __future__ import annotations
 
 import re
+import struct
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", re.MULTILINE)
 _TENSOR_CORE = ("HGMMA", "HMMA", "UTCHMMA")
+INSTRUCTION_BYTES = 16
 # What the names of mma.sync instructions mean: rows, columns, depth.
 _HMMA = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}
 
@@ -53,8 +55,22 @@ class Loop:
     drains: bool  # waits until the tensor cores have finished everything
 
 
+def text_section(cubin: bytes) -> bytes:
+    """Return the machine code of the one kernel in a cubin, an ELF file: System V ABI, "Section Header"."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    strings = headers[names][4]
+    (found,) = (
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in headers
+        if cubin.startswith(b".text.", strings + name)
+    )
+    return found
+
+
 def parse(text: str) -> list[Instruction]:
-    """Return the instructions of a disassembly of one kernel."""
+    """Return the instructions of a disassembly."""
     return [Instruction(int(a, 16), p, opcode, operands) for a, p, opcode, operands in _LINE.findall(text)]
 
 

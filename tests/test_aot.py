@@ -450,9 +450,9 @@ CASES = (
 for block, side, names in CASES:
     # A batch of which 16 does not divide the pixels: else the compiler needs to be told less.
     launches = aot.launches("sm_90", aot.WIDTHS[block], torch.bfloat16, True, 129, side, "NCHW")
-    for name in names:
-        kernel = aot.compile_launch(*launches[name], "sm_90")
-        row = aot._read_nvidia(kernel.asm["cubin"], kernel.metadata.num_warps, [], 1)
+    compiled = [aot.compile_launch(*launches[name], "sm_90") for name in names]
+    for name, kernel, code in zip(names, compiled, aot.disassemble(compiled, "sm_90")):
+        row = aot.read_nvidia(kernel, code)
         layouts = dict(re.findall(r"^#(\\w+) = #ttg.blocked<.* order = \\[(.*)\\]", kernel.asm["ttgir"], re.M))
         moved = r"tt.load .*" if name == "split" else r"^ *tt.store .*"
         found = re.findall(moved + r"x!tt.ptr<bf16>, #(\\w+)>", kernel.asm["ttgir"], re.M)

@@ -26,10 +26,10 @@ with mock.patch.object(library, "_library_kernel", recorder) as _, mock.patch.di
 ):
     launches = aot.launches("sm_90", WIDTHS["3a"], aot.DTYPES["bf16"], True)
 launches = {"entry": launches["entry"], "library": (library._library_kernel, recorder.args, recorder.kwargs)}
+compiled = [aot.compile_launch(*launch, "sm_90") for launch in launches.values()]
 rows = {}
-for name, launch in launches.items():
-    kernel = aot.compile_launch(*launch, "sm_90")
-    rows[name] = aot._read_nvidia(kernel.asm["cubin"], kernel.metadata.num_warps, [], 2048) | {
+for name, kernel, code in zip(launches, compiled, aot.disassemble(compiled, "sm_90")):
+    rows[name] = aot.read_nvidia(kernel, code) | {
         "shared": kernel.metadata.shared, "launch_pdl": kernel.metadata.launch_pdl,
         "waits": kernel.asm["ptx"].count("griddepcontrol.wait"),
         "signals": kernel.asm["ptx"].count("griddepcontrol.launch_dependents"),
