@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 # Read when torch loads OpenMP. Two teams on two cores spin against each other unless waiting threads sleep.
@@ -50,22 +46,6 @@ if not HAS_GPU and importlib.util.find_spec("triton"):
     from tests.interpreter import hasten
 
     hasten()
-
-
-@pytest.fixture(scope="session")
-def without_interpreter() -> Callable[[str], str]:
-    """Return what runs code in a process where Triton compiles, and returns what it printed."""
-
-    def run(code: str) -> str:
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
-        root = Path(__file__).resolve().parent.parent
-        command = [sys.executable, "-W", "ignore", "-c", code]
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
 
 
 class _Passing(TorchDispatchMode):

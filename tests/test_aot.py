@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 from bench import aot, aot_report, sass
 from fastinception.kernels import configs
+from tests import fresh
 
 SCRIPT = Path(aot_report.__file__)
 # A training step of all blocks, many of which share kernels, on the chip that the tiles are for; every chip with the
@@ -220,13 +221,13 @@ def test_unknown_ways_to_load_are_refused():
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory, without_interpreter) -> list[dict[str, Any]]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("aot")
     paths = [folder / f"{i}.json" for i in range(len(COMMANDS))]
     commands = [[*arguments, "--json", str(path)] for arguments, path in zip(COMMANDS, paths, strict=True)]
     # In one process: to start another and import PyTorch takes as long as a kernel.
     together = [[*arguments, "--jobs", "1"] for arguments in commands[:-1]]
-    without_interpreter(f"from bench import aot_report\nfor argv in {together}: assert aot_report.main(argv) == 0")
+    fresh.run(f"from bench import aot_report\nfor argv in {together}: assert aot_report.main(argv) == 0")
     # And as a user runs it, in processes of its own.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), *commands[-1], "--jobs", "2"]
@@ -282,8 +283,8 @@ print("compared", compared)
 """
 
 
-def test_what_the_report_compiles_is_what_a_launch_compiles(without_interpreter):
-    assert without_interpreter(JIT).split() == ["compared", str(len(aot.CHIPS) * (8 + 2 + 8))]
+def test_what_the_report_compiles_is_what_a_launch_compiles():
+    assert fresh.run(JIT).split() == ["compared", str(len(aot.CHIPS) * (8 + 2 + 8))]
 
 
 # In a process without the interpreter: how many kernels training steps of GoogLeNet need, image size after image size.
@@ -302,9 +303,9 @@ for batch, sides in ((128, (12, 6, 3)), (128, (28, 14, 7)), (256, (13, 7, 5))):
 """
 
 
-def test_blocks_and_image_sizes_share_kernels(without_interpreter):
+def test_blocks_and_image_sizes_share_kernels():
     """Each differs from the others by its tiles, by whether steps end within the channels, or by what 8 divides."""
-    first, second, third = map(json.loads, without_interpreter(COUNT).splitlines())
+    first, second, third = map(json.loads, fresh.run(COUNT).splitlines())
     few = {"split": 1, "pool_gradient": 1, "entry_gradient": 4, "weight_gradient": 1, "sum": 1, "spatial": 4}
     assert first == few | {"entry": 5, "data_gradient": 3}
     assert second == third == few | {"entry": 6, "data_gradient": 4}  # 7x7 pixels fill larger tiles than 3x3
@@ -460,9 +461,9 @@ for block, side, names in CASES:
 """
 
 
-def test_what_is_nchw_is_read_and_written_along_pixels(without_interpreter):
+def test_what_is_nchw_is_read_and_written_along_pixels():
     """Without a spill, by lanes side by side in memory, and eight bytes at a time where 14x14 pixels align them."""
-    for name, side, row, orders in map(json.loads, without_interpreter(NCHW).splitlines()):
+    for name, side, row, orders in map(json.loads, fresh.run(NCHW).splitlines()):
         told = f"{name} {side}x{side}: {row} {orders}"
         assert row["stack"] == row["local"] == 0, told
         assert ("2" in row["loads" if name == "split" else "stores"]) is (side == 7), told

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests import fresh
+
 triton = pytest.importorskip("triton")
 
 COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # the one that Triton takes
@@ -230,13 +232,13 @@ CASES = pytest.mark.parametrize("case", TENSORS)
 
 
 @pytest.fixture(scope="module")
-def found(without_interpreter, tmp_path_factory) -> dict[str, Any]:
+def found(tmp_path_factory) -> dict[str, Any]:
     name, source = "libcuda.so.1", Path(__file__).with_name("fake_cuda.c")
     library = tmp_path_factory.mktemp("driver") / name
     headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     command = [COMPILER, "-shared", "-fPIC", f"-Wl,-soname,{name}", f"-I{headers}", source, "-o", library]
     subprocess.run(command, check=True)
-    cases: dict[str, Any] = json.loads(without_interpreter(f"FAKE = {str(library)!r}\n{CODE}"))
+    cases: dict[str, Any] = json.loads(fresh.run(f"FAKE = {str(library)!r}\n{CODE}"))
     return cases
 
 

@@ -14,6 +14,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from tests import fresh
+
 # In a process without the interpreter.
 CODE = """
 import json, os, tempfile, threading, time
@@ -184,8 +186,8 @@ BACKWARD = [
 
 
 @pytest.fixture(scope="module")
-def found(without_interpreter) -> dict[str, Any]:
-    events: dict[str, Any] = json.loads(without_interpreter(CODE))
+def found() -> dict[str, Any]:
+    events: dict[str, Any] = json.loads(fresh.run(CODE))
     return events
 
 

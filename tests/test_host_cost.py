@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from bench import host_cost
 from fastinception.kernels import entry, spatial, target
+from tests import fresh
 
 # Of the plain block's inference, forward with grad, forward + backward. Measured: 0.21, 0.27 and 0.31, on the oldest
 # PyTorch 0.23, 0.36 and 0.37. With every call checked and planned: 0.37, 0.49 and 0.49, and 0.41, 0.63 and 0.60.
@@ -31,7 +27,4 @@ def test_a_call_costs_the_host_less_than_the_plain_blocks():
 
 def test_an_import_leaves_the_interpreter_switch_alone():
     """Set on import, it would turn a GPU's whole test run into an interpreted one."""
-    code = "import os; from bench import host_cost; assert 'TRITON_INTERPRET' not in os.environ"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(__file__).resolve().parent.parent
-    subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True)
+    fresh.run("import os; from bench import host_cost; assert 'TRITON_INTERPRET' not in os.environ")

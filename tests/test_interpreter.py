@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
 from fastinception.kernels import target
+from tests import fresh
 
 CODE = """
 import hashlib, json, torch
@@ -33,10 +30,7 @@ def digests():
 
 @pytest.mark.skipif(not target.interpreted(), reason="needs the interpreter")
 def test_hastened_it_gives_the_same_bits():
-    environment = os.environ | {"PYTHONPATH": "."}  # as many threads, which NumPy divides products among
-    root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-W", "ignore", "-c", CODE + "\nprint(json.dumps(digests()))"]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+    as_it_is = json.loads(fresh.run(CODE + "\nprint(json.dumps(digests()))", TRITON_INTERPRET="1"))
     here = {}
     exec(CODE, here)
-    assert here["digests"]() == json.loads(done.stdout)
+    assert here["digests"]() == as_it_is

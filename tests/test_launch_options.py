@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from tests import fresh
+
 # In a process without the interpreter. A level of 128 and of 32 channels, so that tiles of two widths occur.
 CODE = """
 import dataclasses, json
@@ -39,8 +41,8 @@ print(json.dumps(rows))
 
 
 @pytest.fixture(scope="module")
-def compiled(without_interpreter) -> dict[str, Any]:
-    rows: dict[str, Any] = json.loads(without_interpreter(CODE))
+def compiled() -> dict[str, Any]:
+    rows: dict[str, Any] = json.loads(fresh.run(CODE))
     return rows
 
 

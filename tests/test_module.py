@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +13,8 @@ from torch import nn
 
 import fastinception
 from fastinception import FastInception, Inception, backends, explain
+from tests import fresh
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = (5, 4, (3, 6), (2, 3), 7)
 CONVS = ("p1_1", "p2_1", "p2_2", "p3_1", "p3_2", "p4_2")
 BACKENDS = ("aten", "triton")
@@ -163,15 +159,6 @@ def test_environment_variable_that_is_wrong_is_named(monkeypatch):
     assert FastInception(*SMALL, backend="aten").backend == "aten"
 
 
-def python(code: str, **environment: str) -> str:
-    """Run ``code`` in another interpreter, without the variables of this one's tests, and return what it prints."""
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTINCEPTION_BACKEND")}
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 TRITON_IS_REFUSED = """
 import sys
 {first}
@@ -193,14 +180,18 @@ for call in (insists, lambda x: explain(insists, x), lambda x: insists(x[:0])):
 """
 
 
+def without_gpu(code: str) -> str:
+    return fresh.run(code, FASTINCEPTION_BACKEND=None, CUDA_VISIBLE_DEVICES="")
+
+
 def test_triton_backend_on_a_cpu_without_the_interpreter_raises():
-    lines = python(TRITON_IS_REFUSED.format(first="")).splitlines()
+    lines = without_gpu(TRITON_IS_REFUSED.format(first="")).splitlines()
     assert len(lines) == 3
     assert all("backend='triton' cannot run" in line and "on cpu" in line for line in lines), lines
 
 
 def test_package_runs_without_triton_and_says_so():
-    lines = python(TRITON_IS_REFUSED.format(first="sys.modules['triton'] = None")).splitlines()
+    lines = without_gpu(TRITON_IS_REFUSED.format(first="sys.modules['triton'] = None")).splitlines()
     assert len(lines) == 3
     assert all("Triton is not installed" in line for line in lines), lines
 

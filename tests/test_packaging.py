@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import fastinception
+from tests import fresh
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = {path.name for path in (ROOT / "kernels").glob("*.py")}
@@ -23,11 +22,7 @@ BLOCK = "fastinception.FastInception(6, 4, (3, 5), (2, 4), 3)(torch.ones(2, 6, 5
 
 def python(code: str, *path: Path, cwd: Path = ROOT) -> str:
     """Run code in a fresh interpreter that sees ``path`` before its own packages; return what it printed."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return fresh.run(code, cwd, PYTHONPATH=os.pathsep.join(map(str, path))).strip()
 
 
 @pytest.fixture(scope="module")
