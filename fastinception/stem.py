@@ -241,12 +241,13 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor |
         return (None,) * 5
     if not ctx.saves:
         raise RuntimeError("fastinception::conv_pool_relu kept nothing for its backward: save must be True")
-    if ctx.shapes != tuple(t.shape for t in ctx.saved_tensors[:2]):
+    saved = ctx.saved_tensors  # each look at them unpacks them, which a checkpoint allows once
+    if ctx.shapes != tuple(t.shape for t in saved[:2]):
         raise RuntimeError(CHANGED)
     needs = custom_op.needed(ctx, 3)
     if forward_ad._current_level >= 0:  # a tangent of grad_out passes through plain operators only
-        return *_differentiable((grad_out, *ctx.saved_tensors), needs, ctx.stride), None, None
-    grads = torch.ops.fastinception.conv_pool_relu_backward(grad_out, *ctx.saved_tensors, ctx.stride, needs)
+        return *_differentiable((grad_out, *saved), needs, ctx.stride), None, None
+    grads = torch.ops.fastinception.conv_pool_relu_backward(grad_out, *saved, ctx.stride, needs)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastinception import Conv2d, FastInception, GoogLeNet, MaxPool2d, backends, conv_backward, stem
@@ -282,6 +284,30 @@ def test_the_convolution_is_not_kept_for_the_backward(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         y = own(x)
     assert sum(kept.values()) == x.nbytes + own[0].weight.nbytes + y.nbytes + 8 * y.numel()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(use_reentrant, which, monkeypatch):
+    own, x = stage(which, monkeypatch)
+    leaves = [x.requires_grad_(), *own.parameters()]
+    for call in (own, torch.compile(own, backend="aot_eager")):
+        upstream = integers(*call(x).shape, high=1)
+        expected = torch.autograd.grad(call(x), leaves, upstream)
+        y = checkpoint(call, x, use_reentrant=use_reentrant)
+        for leaf in leaves:
+            leaf.grad = None
+        y.backward(upstream)
+        assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, expected, strict=True))
+
+
+def test_what_is_kept_is_unpacked_once(monkeypatch):
+    """As a hook that had moved it to the CPU would move it back each time."""
+    own, x = stage(0, monkeypatch)
+    packed, unpacked = [], []
+    with saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: unpacked.append(t) or t):
+        own(x.requires_grad_()).sum().backward()
+    assert len(packed) == len(unpacked) > 1
 
 
 def test_a_changed_result_is_an_error(monkeypatch):
