@@ -123,6 +123,7 @@ _INTERPRETED = {
     SUM: Sweep(4, 16384, num_warps=4),
 }
 FEWER = 4  # times as few rows as were tuned for
+NEAR = 8  # times, all factors between two shapes: 2.2 between blocks of a stage, up to thousands between others
 # Programs that the weight gradients are divided into: two for each SM of an H100.
 PROGRAMS = 264
 
@@ -194,9 +195,10 @@ class Entry(NamedTuple):
 
 @cached
 def choose(kernel: str, rows: int, reduction: int, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tiles:
-    """Return the tiles of a launch: the nearest entry of the GPU's table, if one fits, or the default.
+    """Return the tiles of a launch: the nearest entry of the GPU's table, if one is near, or the default.
 
-    An entry fits a quarter of its rows, and any more.
+    Distance: by which factors rows, reduction and columns differ, multiplied; at most ``NEAR``, and of an entry's rows
+    a launch has at least a quarter.
 
     Args:
         kernel: a name in ``DEFAULTS``.
@@ -207,7 +209,7 @@ def choose(kernel: str, rows: int, reduction: int, columns: int, dtype: torch.dt
         gpu: from ``target.gpu``.
 
     Warns:
-        UserWarning: the GPU has a table, and nothing in it fits this kernel, dtype and rows. Once for each table.
+        UserWarning: the GPU has a table, and nothing in it is near, of this kernel and dtype. Once for each table.
 
     Raises:
         ValueError: the GPU's table is damaged or another GPU's; names the file.
@@ -215,19 +217,18 @@ def choose(kernel: str, rows: int, reduction: int, columns: int, dtype: torch.dt
     chosen = default(kernel, rows, columns, dtype, gpu)
     path = table_path(gpu.name)
     if (entries := _read_once(path)) is not None:
+
+        def distance(entry: Entry) -> float:
+            own = (entry.rows, entry.reduction, entry.columns)
+            return math.prod(max(a / b, b / a) for a, b in zip((rows, reduction, columns), own, strict=True))
+
         # Tiles for far more rows would leave processors idle, which the default minds.
         own = [entry for entry in entries if (entry.kernel, entry.dtype) == (kernel, dtype)]
-        fitting = [entry for entry in own if entry.rows <= FEWER * rows]
-        if fitting:
-            wanted = (rows, reduction, columns)
-
-            def distance(entry: Entry) -> float:
-                own = (entry.rows, entry.reduction, entry.columns)
-                return sum(abs(math.log(a / b)) for a, b in zip(wanted, own, strict=True))
-
-            chosen = min(fitting, key=distance).tiles
+        near = [entry for entry in own if entry.rows <= FEWER * rows and distance(entry) <= NEAR]
+        if near:
+            chosen = min(near, key=distance).tiles
         else:
-            _warn(path, kernel, dtype, rows)
+            _warn(path, kernel, dtype, (rows, reduction, columns))
     return replace(chosen, block_n=narrow(chosen.block_n, columns))
 
 
@@ -283,12 +284,12 @@ def _read_once(path: Path) -> list[Entry] | None:
 _warned: set[Path] = set()
 
 
-def _warn(path: Path, kernel: str, dtype: torch.dtype, rows: int) -> None:
+def _warn(path: Path, kernel: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     if path not in _warned:
         _warned.add(path)
         warnings.warn(
-            f"{path} has no entry for {kernel} in {dtype} that fits {rows} rows: default tiles are used where it has "
-            "none. bench/tune.py adds them",
+            f"{path} has no entry for {kernel} in {dtype} near {shape} (rows, reduction, columns): default tiles are "
+            "used where it has none. bench/tune.py adds them",
             stacklevel=2,
         )
 

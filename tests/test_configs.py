@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -139,7 +140,7 @@ def test_the_nearest_shape_by_its_logarithms(tuned):
     write(
         tuned,
         entry(shape=(1000, 100, 64), num_stages=1),
-        entry(shape=(60000, 100, 64), num_stages=2),
+        entry(shape=(40000, 100, 64), num_stages=2),
         entry(shape=(1000, 1600, 64), num_stages=3),
         entry(shape=(1000, 100, 512), num_stages=4, block_n=128),
         entry(shape=(5000, 300, 128), dtype="float16", num_stages=5),
@@ -152,12 +153,12 @@ def test_the_nearest_shape_by_its_logarithms(tuned):
     assert stages(1000, 100, 64) == 1
     # By differences the first would be nearer than the second.
     assert stages(20000, 100, 64) == 2
-    assert stages(9000, 100, 64) == 1
+    assert stages(5000, 100, 64) == 1
     assert stages(1000, 500, 64) == 3
     assert stages(1000, 100, 200) == 4
     # Another dtype and another kernel are the exact shape's, and do not count.
     assert stages(5000, 300, 128) in (1, 2, 3, 4)
-    other = configs.choose("entry", 5000, 1, 1024, torch.bfloat16, H100)
+    other = configs.choose("entry", 5000, 150, 512, torch.bfloat16, H100)
     assert other == configs.Tiles(64, 64, 32, 4, 6, pool=(16, 32, 16), interleaved=False)
     # A tile that is far wider than the channels is narrowed.
     assert configs.choose("spatial", 1000, 100, 300, torch.bfloat16, H100).block_n == 128
@@ -165,24 +166,34 @@ def test_the_nearest_shape_by_its_logarithms(tuned):
 
 
 def test_tiles_for_far_more_rows_do_not_fit(tuned):
-    write(tuned, entry(shape=(1000, 100, 64), num_stages=5), entry(shape=(300, 9, 9), num_stages=6))
+    write(tuned, entry(shape=(1000, 100, 64), num_stages=5), entry(shape=(300, 25, 64), num_stages=6))
 
     def found(rows: int) -> configs.Tiles:
-        return configs.choose("spatial", rows, 100, 1024, torch.bfloat16, H100)
+        return configs.choose("spatial", rows, 100, 64, torch.bfloat16, H100)
 
     assert found(250).num_stages == 5
     assert found(249).num_stages == 6  # the nearest that fits
-    assert found(10**6).num_stages == 5
-    with pytest.warns(UserWarning, match="no entry for spatial in torch.bfloat16 that fits 74 rows"):
-        assert found(74) == configs.default("spatial", 74, 1024, torch.bfloat16, H100)
+    assert found(8000).num_stages == 5
+    with pytest.warns(UserWarning, match=r"no entry for spatial in torch.bfloat16 near \(74, 100, 64\)"):
+        assert found(74) == configs.choose("spatial", 74, 100, 64, torch.bfloat16, target.Gpu("", "sm_90"))
+
+
+@pytest.mark.parametrize(("factors", "near"), [((8, 1, 1), True), ((2, 0.5, 2), True), ((2, 0.25, 1.5), False)])
+def test_what_was_tuned_for_a_shape_far_away_does_not_count(tuned, factors, near):
+    """A table of the network's first block says nothing of its last, where the default is made for both."""
+    write(tuned, entry(shape=(1000, 100, 64), num_stages=5))
+    shape = [int(size * factor) for size, factor in zip((1000, 100, 64), factors, strict=True)]
+    with contextlib.nullcontext() if near else pytest.warns(UserWarning, match="no entry"):
+        found = configs.choose("spatial", *shape, torch.bfloat16, H100)
+    assert (found.num_stages == 5) is near
 
 
 def test_a_table_is_read_once(tuned):
     path = write(tuned, entry(num_stages=5))
-    first = configs.choose("spatial", 1000, 1, 1, torch.bfloat16, H100)
+    first = configs.choose("spatial", 1000, 100, 64, torch.bfloat16, H100)
     path.unlink()
-    assert configs.choose("spatial", 1000, 1, 1, torch.bfloat16, H100) is first
-    assert configs.choose("spatial", 2000, 2, 2, torch.bfloat16, H100).num_stages == 5
+    assert configs.choose("spatial", 1000, 100, 64, torch.bfloat16, H100) is first
+    assert configs.choose("spatial", 2000, 100, 32, torch.bfloat16, H100).num_stages == 5
 
 
 def test_one_warning_where_a_table_has_nothing(tuned):
@@ -269,9 +280,9 @@ def test_launchers_follow_the_table_and_their_keyword(tuned, monkeypatch):
     conditions = CONDITIONS | {"device": "cpu"}
     entries = [
         entry("entry", "float32", (50, 8, 100), block_m=32, pool=[16, 32, 16]),
-        entry(dtype="float32", shape=(50, 8, 100), block_k=64),
+        entry(dtype="float32", shape=(50, 72, 40), block_k=64),
         entry("entry_train", "float32", (50, 8, 100), num_warps=2, pool=[16, 32, 16]),
-        entry("spatial_train", "float32", (50, 8, 100), num_warps=1),
+        entry("spatial_train", "float32", (50, 72, 40), num_warps=1),
     ]
     (tuned / "cpu.json").write_text(json.dumps({"conditions": conditions, "entries": entries}))
     kernels = {"entry": Recorder(), "spatial": Recorder()}
