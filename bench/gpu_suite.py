@@ -7,6 +7,9 @@ python bench/gpu_suite.py --output /tmp/dry --dry-run     # tiny shapes on a CPU
 Each part writes DIR/PART.json, and all together make DIR/results.json and DIR/results.png. To measure a part again,
 delete its file. A part is a process of its own, and goes on in a new one behind a case that ended it.
 
+The tiles are those of kernels/tuned/, where it has this GPU, else the defaults. The last part looks for faster ones and
+leaves them in DIR/tuned/: moved there, they are measured by another run, with another DIR.
+
 Exit status: 0 where all that was asked for is measured; 1 where something failed; 3 where the budget ended first.
 """
 
@@ -46,22 +49,21 @@ except ModuleNotFoundError as missing:
 PARTS: dict[str, Callable[[Context], list[Case]]] = {
     "decisive": kernels.decisive,
     "environment": checks.environment,
+    "networks": partial(networks.cases, "eager"),
     "tests": checks.tests,
-    "sanitizer": checks.sanitizer,
-    "tuning": checks.tuning,
     "kernels": kernels.table,
     "blocks": blocks.eager,
-    "networks": partial(networks.cases, "eager"),
     "kernelbench": blocks.kernelbench,
-    "passes": kernels.passes,
     "networks-compiled": partial(networks.cases, "default"),
     "networks-reduce-overhead": partial(networks.cases, "reduce-overhead"),
+    "passes": kernels.passes,
     "blocks-max-autotune": blocks.autotuned,
     "networks-max-autotune": partial(networks.cases, "max-autotune"),
+    "sanitizer": checks.sanitizer,
+    "tuning": checks.tuning,
 }
 COMMAND = (sys.executable, __file__)
 BUDGET = 520.0  # seconds: under nine minutes, with what starting and ending take
-LIMIT = 200.0  # seconds of one case, after which it counts as hanging
 DEATHS = 3  # after so many in one part, its other cases would most likely end the same way
 # What all results of one folder share.
 SAME = ("device", "torch", "triton", "commit", "dry")
@@ -88,6 +90,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("PyTorch sees no GPU here; --dry-run tests the script without one")
     if not args.dry_run and interpreted():
         parser.error("TRITON_INTERPRET is set, which runs kernels on a CPU: unset it")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {args.output}: {error.strerror}")
     return args
 
 
@@ -118,7 +124,6 @@ class Record:
 def run_part(part: str, context: Context, record: Record) -> None:
     """Run the cases that are not recorded yet, as long as the time left is what they need at least."""
     cases = record.content["cases"]
-    checks.use_tuned(context.output)
     for case in PARTS[part](context):
         if case.name in cases:
             continue
@@ -126,10 +131,13 @@ def run_part(part: str, context: Context, record: Record) -> None:
             return
         record.write(running=case.name)
         # Also where the process hangs in a library: it prints where, and ends.
-        faulthandler.dump_traceback_later(max(LIMIT, 2 * case.seconds), exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(case.limit, exit=True, file=sys.__stderr__)
         start = time.monotonic()
         rows = case.run()
         faulthandler.cancel_dump_traceback_later()
+        if rows is None:
+            record.write(running=None)
+            return
         cases[case.name] = {"rows": rows, "seconds": round(time.monotonic() - start, 1)}
         record.write(running=None)
         gc.collect()  # what torch.compile leaves behind refers to itself
@@ -183,7 +191,6 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cpu" if args.dry_run else "cuda")
     if args.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
-    args.output.mkdir(parents=True, exist_ok=True)
     about = conditions(device) | {"dry": args.dry_run, "cudnn_benchmark": True}
     records = {part: Record(part, args.output, about) for part in PARTS}
     for record in records.values():

@@ -273,7 +273,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--budget", type=float, default=float("inf"), metavar="SECONDS", help="stop then; default: when all is done")
-    add("--shapes", nargs="+", type=_shape, default=SHAPES, metavar="SHAPE", help="batch x image size, such as 128x96")
+    add(
+        "--shapes",
+        nargs="+",
+        type=_shape,
+        default=SHAPES,
+        metavar="SHAPE",
+        help="batch x image size, such as 128x96; images of 32 at least",
+    )
     add("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16; fp32 is TF32")
     add("--output", type=Path, metavar="TABLE", help="default: where the launchers look for it")
     add("--dry-run", action="store_true", help="a tiny block in fp16 on the CPU: tests this script, times nothing")

@@ -459,13 +459,15 @@ def test_a_cuda_graph_computes_what_eager_computes(mode: str, dtype: str) -> Non
     twin.load_state_dict(net.state_dict())
     eager = harness.Runner(net, images, labels, mode=mode, dtype=dtype)
     graph = harness.Runner(twin, images, labels, mode=mode, dtype=dtype, cuda_graph=True)
+    # cuDNN may add up in another order; TF32 and 16-bit numbers round coarsely.
+    tolerance = {"rtol": 1e-2, "atol": 1e-3}
     for _ in range(3):
-        torch.testing.assert_close(graph.evaluate(), eager.evaluate())
+        torch.testing.assert_close(graph.evaluate(), eager.evaluate(), **tolerance)
         if mode == "training":
-            torch.testing.assert_close(graph.gradients(), eager.gradients())
+            torch.testing.assert_close(graph.gradients(), eager.gradients(), **tolerance)
         graph()
         eager()
-    torch.testing.assert_close(dict(twin.named_parameters()), dict(net.named_parameters()))
+    torch.testing.assert_close(dict(twin.named_parameters()), dict(net.named_parameters()), **tolerance)
 
 
 def test_a_cpu_that_emulates_bf16_measures_it_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:

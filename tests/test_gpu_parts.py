@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,17 +15,23 @@ from torch import nn
 pytest.importorskip("triton")
 
 from bench.agreement import Errors
-from bench.gpu import baselines, kernels, model, report, timing
+from bench.gpu import baselines, checks, kernels, model, report, timing
 from bench.gpu.case import Candidate, Context, contest
 from bench.roofline import CHIPS, Work, floor_us
 from fastinception import GoogLeNet, Inception
 from fastinception.googlenet import WIDTHS
+from fastinception.kernels import configs, replay
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, under the interpreter
     pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.*"),
 ]
+
+
+TILES = {
+    level: configs.Tiles(64, 32, 16, 4, 2, pool=pool) for level, pool in (("entry", (64, 32, 16)), ("spatial", None))
+}
 
 
 class _NoTimer(timing.HostTimer):
@@ -103,9 +112,10 @@ def test_each_launch_is_marked_in_order_and_still_happens() -> None:
 
 
 class _Event:
-    """An event of a GPU that is slow to start: the host is ahead from the second head start on."""
+    """An event of a GPU that is slow to start: the host is ahead from the second head start on, or never."""
 
     asked = 0
+    never = False
 
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing
@@ -115,7 +125,7 @@ class _Event:
 
     def query(self) -> bool:
         _Event.asked += 1
-        return _Event.asked == 1
+        return _Event.never or _Event.asked == 1
 
     def elapsed_time(self, end: _Event) -> float:
         return 0.25
@@ -126,12 +136,17 @@ def test_events_are_milliseconds_and_the_host_gets_ahead(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
     timer = timing.EventTimer.__new__(timing.EventTimer)
-    timer.sync, timer.other, timer.head_start = lambda: None, torch.zeros(1), timing.HEAD_START
+    timer.sync, timer.other, timer.head_start, timer.late = lambda: None, torch.zeros(1), timing.HEAD_START, 0
     calls: list[int] = []
     assert timer.cold(lambda: calls.append(1), 1000) == [0.25e-3] * timing.COLD_CALLS
     assert slept == [timing.HEAD_START, 2 * timing.HEAD_START]
     assert len(calls) == 2 * timing.COLD_CALLS
     assert timer.stream(lambda: None, 5) == [0.05e-3]
+    assert timing._noted(timer, timer.late) == {}
+    monkeypatch.setattr(_Event, "never", True)
+    assert timer.cold(lambda: None, 1) == [0.25e-3]
+    assert slept[-1] == timing.MOST_HEAD_START
+    assert timing._noted(timer, 0) == {"host_late": 1}
     assert timing.summary([1e-6, 2e-6, 3e-6, 4e-6, 5e-6], "us") == {"us": 3, "quartiles_us": [2, 4], "samples": 5}
 
 
@@ -190,6 +205,50 @@ def test_chained_launches_read_what_the_first_wrote_and_others_what_was_given() 
     assert block.out.isfinite().all()
     block.r2.copy_(given)
     assert block.launched("spatial", block.spatial).errors.output < 1e-3  # over poison where the entry level writes
+
+
+def test_what_decides_is_compiled_together_and_a_failure_is_left_for_the_contest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each variant's kernels but for those whose launch cannot even be planned; nothing is launched meanwhile."""
+    collected: list[Any] = []
+
+    def compile_all(launches: list[Any], x: torch.Tensor) -> list[Any]:
+        collected.extend(launches)
+        return [mock.Mock(result=mock.Mock(side_effect=RuntimeError("PTX")))]
+
+    monkeypatch.setattr(replay, "compiles_together", lambda: True)
+    monkeypatch.setattr(replay, "compile_all", compile_all)
+    monkeypatch.setattr(kernels, "contest", lambda *args, **how: [])
+    monkeypatch.setattr(kernels.Block, "tiles", lambda self, level, tuned: TILES[level])
+    assert kernels._decide(next(kernels.shapes(_context())), _context()) == []
+    names = Counter(step.kernel.fn.__name__ for step in collected)
+    # The entry in five ways, one of them as two launches, and twice in front of the spatial level; that is by itself in
+    # three ways of its own and one of the library's.
+    assert names == {"_entry_kernel": 6 + 2, "_spatial_kernel": 3 + 2, "_library_kernel": 1}
+    monkeypatch.setattr(kernels.Block, "entry", mock.Mock(side_effect=ValueError("tiles")))
+    collected.clear()
+    assert kernels._decide(next(kernels.shapes(_context())), _context()) == []
+    assert Counter(step.kernel.fn.__name__ for step in collected) == {"_spatial_kernel": 3, "_library_kernel": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "done"),
+    [
+        ({"says": "table.json: 3 blocks; 33 are left, run again"}, False),
+        ({"says": "table.json: 36 blocks; all done"}, True),
+        ({"says": "no such option", "failed": "status 2"}, True),
+    ],
+)
+def test_tuning_is_open_until_all_is_done(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, row: dict[str, Any], done: bool
+) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr(checks, "_verdict", lambda name, command: given.append(command) or [row])
+    context = _context()._replace(dry=False, output=tmp_path, deadline=time.monotonic() + 100.5)
+    assert checks._tune(context) == ([row] if done else None)
+    assert given[0][-4:-2] == ["--budget", "90"]
+    assert Path(given[0][-1]).parent == tmp_path / "tuned"
 
 
 def test_floors_of_launches_are_the_studys() -> None:

@@ -15,10 +15,9 @@ import torch
 pytest.importorskip("triton")
 
 from bench import gpu_suite
-from bench.gpu import checks, timing
+from bench.gpu import timing
 from bench.gpu.case import Case, Context
 from bench.gpu.model import modelled
-from fastinception.kernels import configs
 from tests import fresh
 
 pytestmark = [
@@ -111,17 +110,6 @@ def test_a_second_call_skips_what_is_finished_and_gathers_it(
     assert "dry_us" in shown
 
 
-def test_what_was_tuned_is_used(tmp_path: Path) -> None:
-    (tmp_path / "tuned").mkdir()
-    with mock.patch.object(configs, "TUNED", configs.TUNED):
-        shipped = configs.TUNED
-        checks.use_tuned(tmp_path)
-        assert shipped == configs.TUNED
-        (tmp_path / "tuned" / "some-gpu.json").touch()
-        checks.use_tuned(tmp_path)
-        assert configs.table_path("Some GPU") == tmp_path / "tuned" / "some-gpu.json"
-
-
 def test_the_script_runs_parts_in_processes_from_any_folder(tmp_path: Path) -> None:
     command = [sys.executable, gpu_suite.__file__, "--dry-run", "--output", "out", "--only", "environment"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
@@ -148,10 +136,9 @@ def fine():
 def row():
     return [{"variant": "plain", "failed": "OutOfMemoryError: too large"}]
 
-gpu_suite.LIMIT = 0.5
 gpu_suite.PARTS = {
     "mixed": lambda context: [
-        Case("row", row), Case("raises", raises), Case("hangs", hangs, 0.1), Case("fine", fine)
+        Case("row", row), Case("raises", raises), Case("hangs", hangs, limit=0.5), Case("fine", fine)
     ],
     "dead": lambda context: [Case(f"dies {i}", lambda: os._exit(7)) for i in range(4)],
     "good": lambda context: [Case("fine", fine)],
@@ -229,6 +216,21 @@ def test_a_case_that_the_budget_may_not_hold_is_left_for_the_next_call(
     assert _strict(record.path)["finished"] is True
 
 
+def test_a_case_that_was_too_short_of_time_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = iter([None, None, [{"variant": "a"}]])
+    monkeypatch.setattr(gpu_suite, "PARTS", {"some": lambda context: [Case("long", lambda: next(results))]})
+    record = gpu_suite.Record("some", tmp_path, {})
+    device = torch.device("cpu")
+    for finished in (False, False, True):
+        gpu_suite.run_part("some", Context(device, True, timing.HostTimer(device), tmp_path, float("inf")), record)
+        content = _strict(record.path)
+        assert (content["finished"], content["running"], list(content["cases"])) == (
+            finished,
+            None,
+            ["long"] * finished,
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -238,6 +240,7 @@ def test_a_case_that_the_budget_may_not_hold_is_left_for_the_next_call(
         (["--dry-run", "--output", "x", "--budget", "nan"], "--budget must be a positive number"),
         (["--dry-run", "--output", "x", "--only", "all"], "invalid choice: 'all'"),
         (["--dry-run", "--output", __file__], "is not a folder"),
+        (["--dry-run", "--output", f"{__file__}/x"], "Not a directory"),
         (["--dry-run"], "--output"),
     ],
 )

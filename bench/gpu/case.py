@@ -29,11 +29,16 @@ class Context(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A piece of a part that is run, recorded and resumed as a whole; ``seconds`` is what it needs at least."""
+    """A piece of a part that is run, recorded and resumed as a whole.
+
+    ``run`` returns its rows, or None where the time left was too short, so that it is run again. ``seconds`` is what it
+    needs at least, and behind ``limit`` seconds it counts as hanging.
+    """
 
     name: str
-    run: Callable[[], list[Row]]
+    run: Callable[[], list[Row] | None]
     seconds: float = 10.0
+    limit: float = 200.0
 
 
 class Candidate(NamedTuple):

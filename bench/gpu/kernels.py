@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -205,12 +206,29 @@ def _decide(shape: Shape, context: Context) -> list[Row]:
             "two launches, dependent launch": partial(both, True),
         },
     }
+    _compile_together([run for runs in launches.values() for run in runs.values()], block.x)
     rows = []
     for level, runs in launches.items():
         makers = {f"plain {level}": partial(block.plain, level)}
         makers |= {name: partial(block.launched, level, run) for name, run in runs.items()}
         rows += contest(makers, context, cold=True, seconds=0.5)
     return beside_model(rows, shape)
+
+
+def _compile_together(runs: Sequence[Run], x: Tensor) -> None:
+    """Compile what is going to be launched on x's device at the same time: one after another takes minutes.
+
+    What fails here fails again when it is launched, and is recorded then.
+    """
+    from fastinception.kernels import replay
+
+    def all_of_them() -> None:
+        for run in runs:
+            with contextlib.suppress(Exception):
+                run()
+
+    with contextlib.suppress(Exception):
+        replay.compile(all_of_them, x)
 
 
 def table(context: Context) -> list[Case]:

@@ -45,7 +45,7 @@ def cases(how: str, context: Context) -> list[Case]:
     workloads = WORKLOADS
     if context.dry:  # where all modes of torch.compile only trace
         workloads = {"eager": TINY, "default": TINY[1:]}.get(how, ())
-    return [Case(str(workload), partial(_network, workload, how, context), needs) for workload in workloads]
+    return [Case(str(w), partial(_network, w, how, context), needs, max(200.0, 2 * needs)) for w in workloads]
 
 
 def _network(workload: Workload, how: str, context: Context) -> list[Row]:

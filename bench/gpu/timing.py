@@ -32,6 +32,7 @@ class EventTimer:
         # Read, not written: written lines would go back to memory while the next call is timed.
         self.other = torch.zeros(size // 4, device=device)
         self.head_start = HEAD_START
+        self.late = 0  # samples with some of the host's time in them: it was behind a GPU that waited longest
 
     def mark(self, run: Run) -> tuple[Any, Any]:
         """Call ``run`` with nothing of its data in the L2 cache, between the two events that are returned."""
@@ -51,6 +52,7 @@ class EventTimer:
         if not host_was_ahead and self.head_start < MOST_HEAD_START:
             self.head_start *= 2
             return self.read(launch)
+        self.late += not host_was_ahead
         return [start.elapsed_time(end) / 1e3 for start, end in marks]
 
     def cold(self, run: Run, calls: int) -> list[float]:
@@ -73,6 +75,7 @@ class HostTimer:
     """Stand in for EventTimer on a CPU. Its figures say nothing about a GPU, and their key says so: ``"dry_us"``."""
 
     unit = "dry_us"
+    late = 0
 
     def __init__(self, device: torch.device) -> None:
         self.sync = partial(synchronize, device)
@@ -109,13 +112,15 @@ def measure(runs: Mapping[str, Run], timer: Timer, *, cold: bool, seconds: float
         seconds: for the rounds of all runs together, unless five take longer.
 
     Returns:
-        By name the ``timer.unit`` of the median, ``quartiles_`` of the same unit, and the number of ``samples``.
+        By name the ``timer.unit`` of the median, ``quartiles_`` of the same unit, and the number of ``samples``; also
+        ``host_late``, in how many samples of all runs the host's time is, if there are any.
     """
+    late = timer.late
     dry = isinstance(timer, HostTimer)
     schedule = {"warmup": 0.0 if dry else 0.1, "rounds": 2 if dry else 5, "seconds": 0.0 if dry else seconds}
     clock = timer.cold if cold else timer.stream
     samples = list(interleave(runs, timer.sync, clock=clock, **schedule))[-1][0]
-    return {name: summary(times, timer.unit) for name, times in samples.items()}
+    return {name: summary(times, timer.unit) | _noted(timer, late) for name, times in samples.items()}
 
 
 def each_launch(run: Run, timer: Timer) -> list[dict[str, Any]]:
@@ -124,6 +129,7 @@ def each_launch(run: Run, timer: Timer) -> list[dict[str, Any]]:
     Returns:
         In the order of the launches: the ``kernel``'s name and its figures, as ``measure`` returns them.
     """
+    late = timer.late
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -152,7 +158,12 @@ def each_launch(run: Run, timer: Timer) -> list[dict[str, Any]]:
     run()  # compiles
     samples = zip(*(timer.read(launch) for _ in range(2 if isinstance(timer, HostTimer) else 15)), strict=True)
     configs.forget()
-    return [{"kernel": name} | summary(list(times), timer.unit) for name, times in zip(kernels, samples, strict=True)]
+    figures = [summary(list(times), timer.unit) | _noted(timer, late) for times in samples]
+    return [{"kernel": name} | row for name, row in zip(kernels, figures, strict=True)]
+
+
+def _noted(timer: Timer, before: int) -> dict[str, int]:
+    return {"host_late": timer.late - before} if timer.late > before else {}
 
 
 def summary(samples: list[float], unit: str) -> dict[str, Any]:
