@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastinception import aten, backends, eager, ops
 from fastinception.backends import Path
@@ -29,14 +29,14 @@ def inception(
     """Return the Inception block of ``x``: four branches, each convolution followed by a ReLU, side by side.
 
     The functional form of :class:`fastinception.Inception`. Under autocast ``x`` and ``params`` are cast to its
-    dtype first, as ``torch.nn.functional.conv2d`` does.
+    dtype first, but for those in float64, as ``torch.nn.functional.conv2d`` does.
 
     Args:
         x: ``[N, K, H, W]``, floating, any strides; channels_last is fastest.
         params: weight and bias of ``p1_1, p2_1, p2_2, p3_1, p3_2, p4_2``: ``[c1, K, 1, 1]``, ``[c2[0], K, 1, 1]``,
             ``[c2[1], c2[0], 3, 3]``, ``[c3[0], K, 1, 1]``, ``[c3[1], c3[0], 5, 5]``, ``[c4, K, 1, 1]``, each with
             a bias of its first size; x's dtype and device.
-        backend: ``"auto"``, ``"triton"`` or ``"aten"``.
+        backend: ``"auto"``, ``"triton"`` or ``"aten"``; FASTINCEPTION_BACKEND, which modules read, says nothing here.
         out: ``[N, c1 + c2[1] + c3[1] + c4, H, W]`` to write into and return, contiguous or channels_last; only
             where no gradient is recorded.
         activation: ``"relu"``, or ``"none"`` for the convolutions and the pool alone; where a gradient is recorded
@@ -55,7 +55,8 @@ def inception(
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
     relu = activation == "relu"
     x, params = _cast(x, params)
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
+    # Of what is no tensor the checks say so.
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(getattr(p, "requires_grad", 0) for p in params))
     known = _known(x, params, backend, needs_grad, relu) if out is None else None
     path = None if known else _select(x, params, backend)  # what is known was checked
     if path is None or (known is not None and path.name == "triton"):
@@ -97,8 +98,7 @@ def _known(x: Tensor, params: Sequence[Tensor], backend: str, needs_grad: bool, 
 
 
 def _compute(path: Path, x: Tensor, params: Sequence[Tensor], needs_grad: bool, relu: bool) -> Tensor:
-    few = path.name == "aten" and x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() <= FEW
-    if path.name == "plain" or few:
+    if path.name == "plain" or _few(path, x):
         return aten.compose(x, params, relu)
     if path.name == "aten" and not needs_grad and torch.compiler.is_compiling():
         return aten.compose_for_inductor(x, params) if x.device.type == "cpu" else aten.compose(x, params)
@@ -109,10 +109,17 @@ def _compute(path: Path, x: Tensor, params: Sequence[Tensor], needs_grad: bool, 
     return eager.run(path.name, x, params, needs_grad, relu)
 
 
-def prepare(x: Tensor, params: Sequence[Tensor], backend: str) -> tuple[Path, Tensor, Sequence[Tensor]]:
-    """Return the path of a call, and ``x`` and ``params`` in the dtype that it computes in, all checked."""
+def _few(path: Path, x: Tensor) -> bool:
+    return path.name == "aten" and x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() <= FEW
+
+
+def explain(x: Tensor, params: Sequence[Tensor], backend: str) -> Path:
+    """Return the path of a call, and why it takes that."""
     x, params = _cast(x, params)
-    return _select(x, params, backend), x, params
+    path = _select(x, params, backend)
+    return (
+        Path("plain", f"{path.reason}, and for few elements standard operators are faster") if _few(path, x) else path
+    )
 
 
 def _select(x: Tensor, params: Sequence[Tensor], backend: str) -> Path:
@@ -129,6 +136,8 @@ def check_images(x: Tensor) -> None:
         raise ValueError(f"x must be [N, C, H, W], got {x.dim()} dimensions: {list(x.shape)}")
     if not (x.is_floating_point() or x.is_quantized):  # a quantized one goes through the modules that replaced a child
         raise TypeError(f"x must be of a floating dtype, got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"x must be a dense tensor, got {x.layout}")
 
 
 def copy_into(out: Tensor, y: Tensor, inputs: Sequence[Tensor]) -> Tensor:
@@ -142,20 +151,31 @@ def copy_into(out: Tensor, y: Tensor, inputs: Sequence[Tensor]) -> Tensor:
 def _cast(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
     """Return ``x`` and ``params`` in the dtype that autocast asks of a convolution, or as they are without it."""
     check_images(x)
+    if type(params) is not list and not isinstance(params, Sequence):
+        hint = ": pass list(block.parameters())" if isinstance(params, nn.Module) else ""
+        raise TypeError(f"params must be a sequence of 12 tensors, got {type(params).__name__}{hint}")
     if len(params) != 12:
         raise ValueError(f"params must be the 12 weights and biases of the block, got {len(params)}")
     device = x.device.type
     # is_autocast_enabled raises for meta, and Dynamo cannot trace is_autocast_available on the oldest PyTorch.
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
+        _check_types(params)
         x, *params = [
             t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in (x, *params)
         ]
     return x, params
 
 
+def _check_types(params: Sequence[Tensor]) -> None:
+    for i, p in enumerate(params):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params must be tensors, got {type(p).__name__} as params[{i}]")
+
+
 def _check_input(x: Tensor, params: Sequence[Tensor]) -> None:
     """Raise the TypeError or ValueError that says what of ``x`` and ``params`` does not fit, if anything."""
+    _check_types(params)
     k, dtype, device = x.shape[1], x.dtype, x.device
     shapes, fitting = [p.shape for p in params], ops.fitting_shapes(x, params)
     dtypes, devices = [p.dtype for p in params], [p.device for p in params]
@@ -173,8 +193,8 @@ def _check_input(x: Tensor, params: Sequence[Tensor]) -> None:
         for kind, tensor in (("weight", weight), ("bias", bias)):
             if tensor.dtype is not dtype:
                 raise TypeError(
-                    f"x and the parameters must have one dtype outside autocast, got {dtype} for x and "
-                    f"{tensor.dtype} for {name}'s {kind}"
+                    f"x and the parameters must have one dtype outside autocast, which leaves float64 as it is, got "
+                    f"{dtype} for x and {tensor.dtype} for {name}'s {kind}"
                 )
             if tensor.device != device:
                 raise ValueError(

@@ -11,7 +11,7 @@ from torch import nn
 from fastinception.conv import Conv2d
 from fastinception.module import FastInception
 from fastinception.pool import MaxPool2d
-from fastinception.reference import Inception
+from fastinception.reference import Inception, width
 from fastinception.stem import Stage
 
 
@@ -60,6 +60,10 @@ class GoogLeNet(nn.Sequential):
     Shape:
         ``[N, in_channels, H, W]`` to ``[N, num_classes]``; the textbook uses H = W = 96.
 
+    Raises:
+        TypeError: ``in_channels`` or ``num_classes`` is not an int, or ``block`` cannot be called to make one.
+        ValueError: one of the numbers is below 1.
+
     Example:
         >>> import torch
         >>> from fastinception import FastInception, GoogLeNet
@@ -77,6 +81,9 @@ class GoogLeNet(nn.Sequential):
         def stage(*names: str) -> list[nn.Module]:
             return [block(*WIDTHS[name]) for name in names]
 
+        in_channels, num_classes = width("in_channels", in_channels), width("num_classes", num_classes)
+        if isinstance(block, nn.Module) or not callable(block):
+            raise TypeError(f"block must be a class such as FastInception, or a function, got {block!r}")
         third = stage("3a", "3b")
         fast = isinstance(third[0], FastInception)
         conv = Conv2d if fast else nn.Conv2d

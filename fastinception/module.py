@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from fastinception import backends
+from fastinception import backends, functional
 from fastinception.backends import Path
 from fastinception.conv import Conv2d
-from fastinception.functional import check_images, copy_into, inception, prepare
+from fastinception.functional import check_images, copy_into, inception
 from fastinception.pool import MaxPool2d
 from fastinception.reference import Inception
 
@@ -54,7 +54,7 @@ class FastInception(Inception):
         >>> block = FastInception(192, 64, (96, 128), (16, 32), 32)
         >>> block(torch.zeros(2, 192, 12, 12)).shape
         torch.Size([2, 256, 12, 12])
-        >>> print(explain(block, torch.zeros(2, 192, 12, 12)))
+        >>> print(explain(block, torch.zeros(64, 192, 12, 12)))
         aten: x is not on a GPU that runs Triton
     """
 
@@ -75,8 +75,11 @@ class FastInception(Inception):
         self.backend = backend
 
     @classmethod
-    def from_reference(cls, module: Inception, *, backend: str = "auto") -> FastInception:
+    def from_reference(cls, module: Inception, *, backend: str | None = None) -> FastInception:
         """Return ``module`` as a fast block that shares its children, and so its parameters, and its hooks.
+
+        What is replaced or hooked later on one of them is so on both. Without a ``backend`` it is that of a ``module``
+        that has one, else ``"auto"``.
 
         Raises:
             TypeError: ``module`` is not an :class:`fastinception.Inception`, or overrides its forward or call, in its
@@ -94,7 +97,7 @@ class FastInception(Inception):
         fast = cls.__new__(cls)
         fast.__dict__.update(module.__dict__)
         fast._compiled_call_impl = None  # what module.compile() made would go on running the plain block
-        fast.backend = backends.check(backend)
+        fast.backend = backends.check(getattr(module, "backend", "auto") if backend is None else backend)
         return fast
 
     def extra_repr(self) -> str:
@@ -139,7 +142,7 @@ def explain(module: FastInception, x: Tensor) -> Path:
     if (reason := _edited(module)) is not None:
         check_images(x)
         return Path("plain", reason)
-    return prepare(x, _params(module), module.backend)[0]
+    return functional.explain(x, _params(module), module.backend)
 
 
 def _params(block: Inception) -> list[Tensor]:

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _width(name: str, value: object) -> int:
+def width(name: str, value: object) -> int:
+    """Return a number of channels that an argument gives, or raise what names it."""
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    width = value.__index__()
-    if width < 1:
-        raise ValueError(f"{name} must be at least 1, got {width}")
-    return width
+    number = value.__index__()
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
 
 
 def _pair(name: str, value: object) -> tuple[int, int]:
@@ -24,7 +25,7 @@ def _pair(name: str, value: object) -> tuple[int, int]:
         raise TypeError(expected)
     if len(value) != 2:
         raise ValueError(expected)
-    return _width(f"{name}[0]", value[0]), _width(f"{name}[1]", value[1])
+    return width(f"{name}[0]", value[0]), width(f"{name}[1]", value[1])
 
 
 class Inception(nn.Module):
@@ -63,7 +64,7 @@ class Inception(nn.Module):
 
     def __init__(self, in_channels: int, c1: int, c2: tuple[int, int], c3: tuple[int, int], c4: int) -> None:
         super().__init__()
-        in_channels, c1, c4 = _width("in_channels", in_channels), _width("c1", c1), _width("c4", c4)
+        in_channels, c1, c4 = width("in_channels", in_channels), width("c1", c1), width("c4", c4)
         c2, c3 = _pair("c2", c2), _pair("c3", c3)
         self.p1_1 = nn.Conv2d(in_channels, c1, kernel_size=1)
         self.p2_1 = nn.Conv2d(in_channels, c2[0], kernel_size=1)

@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--epochs", type=integer(1), help="default: 10; more than before to prolong a finished run")
     add("--lr", type=rate, help="SGD's learning rate (default: 0.1)")
     add("--batch-size", type=integer(1), help="global, shared by all processes (default: 128)")
-    add("--image-size", type=integer(SMALLEST_IMAGE), help="pixels per side (default: 96)")
+    add("--image-size", type=integer(SMALLEST_IMAGE), help=f"pixels per side, {SMALLEST_IMAGE} at least (default: 96)")
     add("--seed", type=integer(0), help="of the weights and of each epoch's order (default: 0)")
     add("--limit", type=integer(1), metavar="N", help="the first N images of each split only")
     add("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda if there is one (default)")
@@ -116,7 +116,7 @@ def _join(name: str, parser: argparse.ArgumentParser) -> World:
             parser.error(f"--device {name}: under torchrun each process takes a GPU of its own, say --device cuda")
         device = torch.device("cuda", local if size > 1 else device.index or 0)
         if device.index >= torch.cuda.device_count():
-            parser.error(f"--device {name}: GPU {device.index} is not among the {torch.cuda.device_count()} here")
+            parser.error(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)
     if size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -130,6 +130,8 @@ def _find_run(args: argparse.Namespace) -> tuple[Path, dict[str, Any] | None]:
         wanted = _newest(wanted)
     given = isinstance(wanted, Path)
     folder: Path = args.output or (wanted.parent if given else Path("runs", "train"))
+    if folder.exists() and not folder.is_dir():
+        raise TrainingError(f"--output {folder} is not a folder")
     if wanted is True:
         return folder, checkpoint.load(_newest(folder))
     if given and wanted.parent.resolve() == folder.resolve():

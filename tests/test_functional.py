@@ -76,6 +76,24 @@ def test_what_has_no_backward_is_not_saved_for_one():
         torch.ops.fastinception.triton_forward(x, *net.parameters(), True, False)
 
 
+@BACKENDS
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_params_of_a_wrong_type_are_named(backend, grad, autocast):
+    net, x = block(torch.channels_last)
+    params = [p.detach().requires_grad_(grad) for p in net.parameters()]
+    with torch.autocast(DEVICE, torch.float16, enabled=autocast):
+        for wrong, message in (
+            (dict(net.named_parameters()), "params must be a sequence of 12 tensors, got dict"),
+            (net.parameters(), "params must be a sequence of 12 tensors, got generator"),
+            (net, r"got Inception: pass list\(block\.parameters\(\)\)"),
+            ([*params[:3], None, *params[4:]], r"params must be tensors, got NoneType as params\[3\]"),
+            ([p.detach().cpu().numpy() for p in params], r"params must be tensors, got ndarray as params\[0\]"),
+        ):
+            with pytest.raises(TypeError, match=message):
+                inception(x, wrong, backend=backend)
+
+
 @pytest.mark.parametrize("activation", ["ReLU", "gelu", None])
 def test_unknown_activation(activation):
     net, x = block(torch.channels_last)

@@ -41,17 +41,18 @@ BAD = {
     ),
     "float64": (
         lambda: numbers(2, 5, 6, 6, dtype=torch.float64), TypeError,
-        r"one dtype outside autocast, got torch\.float64 for x and torch\.float32 for p1_1's weight",
+        r"which leaves float64 as it is, got torch\.float64 for x and torch\.float32 for p1_1's weight",
     ),
     "float16": (
         lambda: numbers(2, 5, 6, 6, dtype=torch.float16), TypeError,
-        r"one dtype outside autocast, got torch\.float16 for x and torch\.float32 for p1_1's weight",
+        r"which leaves float64 as it is, got torch\.float16 for x and torch\.float32 for p1_1's weight",
     ),
     "meta": (
         lambda: numbers(2, 5, 6, 6).to("meta"), ValueError,
         "on one device, got meta for x and cpu for p1_1's weight",
     ),
     "array": (lambda: np.zeros((2, 5, 6, 6), np.float32), TypeError, r"x must be a torch\.Tensor, got ndarray"),
+    "sparse": (lambda: numbers(2, 5, 6, 6).to_sparse(), TypeError, r"x must be a dense tensor, got torch\.sparse_coo"),
     "None": (lambda: None, TypeError, r"x must be a torch\.Tensor, got NoneType"),
     "list": (lambda: [numbers(5, 6, 6)], TypeError, r"x must be a torch\.Tensor, got list"),
 }  # fmt: skip
@@ -71,7 +72,7 @@ def test_bad_input_names_what_came_and_what_was_expected(backend, kind, grad):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", [k for k in BAD if k not in ("scalar", "no batch", "array", "None", "list")])
+@pytest.mark.parametrize("kind", [k for k in BAD if k not in ("scalar", "no batch", "array", "sparse", "None", "list")])
 def test_an_empty_batch_hides_no_error(backend, kind):
     build, error, message = BAD[kind]
     message = message.replace(r"\[2, ", r"\[0, ")
@@ -79,7 +80,7 @@ def test_an_empty_batch_hides_no_error(backend, kind):
         block(backend)(build()[:0])
 
 
-@pytest.mark.parametrize("kind", ["no batch", "video", "scalar", "int64", "complex64", "array", "None"])
+@pytest.mark.parametrize("kind", ["no batch", "video", "scalar", "int64", "complex64", "array", "sparse", "None"])
 def test_edited_blocks_check_what_no_edit_changes(kind):
     """The plain forward would take an image without a batch and concatenate its rows."""
     build, error, message = BAD[kind]

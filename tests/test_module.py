@@ -82,6 +82,9 @@ def test_from_reference_keeps_mode_hooks_and_the_backend_asked_for():
     assert "backend" not in plain.__dict__
     with pytest.raises(ValueError, match="'cuda'"):
         FastInception.from_reference(plain, backend="cuda")
+    assert FastInception.from_reference(plain).backend == "auto"
+    assert FastInception.from_reference(fast).backend == "triton"
+    assert FastInception.from_reference(fast, backend="auto").backend == "auto"
 
 
 def test_from_reference_takes_a_fast_block_and_a_subclass():
@@ -166,7 +169,8 @@ import torch
 from fastinception import FastInception, explain
 x = torch.randn(2, 4, 5, 5)
 block = FastInception(4, 2, (2, 2), (2, 2), 2)
-assert explain(block, x).name == "aten", explain(block, x)
+large = torch.empty(512, 4, 12, 12)
+assert explain(block, large).name == "aten", explain(block, large)
 assert block(x).shape == (2, 8, 5, 5)
 block(x).sum().backward()
 insists = FastInception(4, 2, (2, 2), (2, 2), 2, backend="triton")

@@ -123,6 +123,22 @@ def test_block_draws_the_textbooks_initial_weights(block):
 # The network
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
+        ({"num_classes": 2.0}, TypeError, "num_classes must be an int, got 2.0"),
+        ({"in_channels": True}, TypeError, "in_channels must be an int, got True"),
+        ({"in_channels": -1}, ValueError, "in_channels must be at least 1, got -1"),
+        ({"block": "fast"}, TypeError, "block must be a class such as FastInception, or a function, got 'fast'"),
+        ({"block": Inception(1, 1, (1, 1), (1, 1), 1)}, TypeError, r"or a function, got Inception\("),
+    ],
+)
+def test_what_makes_no_network_is_named(options, error, message):
+    with pytest.raises(error, match=message):
+        GoogLeNet(**options)
+
+
 @pytest.mark.parametrize("block", [Inception, FastInception])
 def test_googlenet_is_the_textbooks(block, tmp_path):
     torch.manual_seed(0)
