@@ -1,4 +1,4 @@
-"""Set up every test run: the interpreter where there is no GPU, the number of threads, and the `gpu` marker."""
+"""Set up every test run: where kernels run, on the GPU or in Triton's interpreter, and the number of threads."""
 
 from __future__ import annotations
 
@@ -20,11 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastinception import functional
 
 assert not WORKER or torch.get_num_threads() == 1
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    # Read when a kernel is defined, and torch defines none on import.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 # Tests are about the block's own ways, at sizes where a CPU takes standard operators; those of that choice say so.
 FEW, functional.FEW = functional.FEW, -1
 
@@ -42,12 +37,6 @@ def few(usual_few: int, monkeypatch: pytest.MonkeyPatch) -> int:
     return usual_few
 
 
-if not HAS_GPU and importlib.util.find_spec("triton"):
-    from tests.interpreter import hasten
-
-    hasten()
-
-
 class _Passing(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -63,12 +52,27 @@ def passing() -> type[TorchDispatchMode]:
 LONGEST = ("equivalence", "compile", "train", "compare", "gpu_suite", "ops", "aot", "replay", "training", "special")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def on_gpu(config: pytest.Config) -> bool:
+    """Tell whether this run is for the GPU: most tests compute on CPU tensors, and one process cannot do both."""
+    return config.option.markexpr == "gpu" and torch.cuda.is_available()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Read when a kernel is defined, which nothing has done so far.
+    os.environ["TRITON_INTERPRET"] = "0" if on_gpu(config) else "1"
+    if not on_gpu(config) and importlib.util.find_spec("triton"):
+        from tests.interpreter import hasten
+
+        hasten()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
-    if HAS_GPU:
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA or ROCm device")
+    skip = pytest.mark.skip(reason="needs a CUDA or ROCm device, and -m gpu")
     for item in items:
-        if "gpu" in item.keywords:
+        if on_gpu(config) and "device" in item.keywords:
+            item.add_marker("gpu")
+        if not on_gpu(config) and "gpu" in item.keywords:
             item.add_marker(skip)

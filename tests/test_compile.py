@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fastinception import FastInception, GoogLeNet, Inception, aten
 from fastinception.kernels import target
 
-DEVICE = "cpu" if target.interpreted() or not torch.cuda.is_available() else "cuda"
+DEVICE = "cpu" if target.interpreted() else "cuda"
 HAS_TRITON = target.unsupported(torch.device(DEVICE), torch.float32) is None
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot run here"))
 BACKENDS = ("aten", TRITON)
@@ -34,7 +34,7 @@ pytestmark = [
 def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     # Without worker processes: on torch 2.11 one that hangs holds up the end of the run for five minutes.
-    with torch._inductor.config.patch(compile_threads=1), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch._inductor.config.patch(compile_threads=1), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
     torch._dynamo.reset()
 
@@ -75,6 +75,7 @@ def plain_step(block: FastInception, x: Tensor) -> list[Tensor]:
     return step(plain, plain, x)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("format", FORMATS)
 def test_training_step(backend, format):
@@ -108,6 +109,7 @@ def test_inference(backend, format):
         counter.frame_count = 0
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inductor(backend):
     """The real compiler, forward and training step, in the fast layout; strides are Inductor's to choose inside."""

@@ -1,7 +1,11 @@
-"""What only a device can show of the Triton path: bf16, streams, graphs, early launches, more than 2^31 elements."""
+"""What a device decides: all that a block's operands may be, in bf16, and streams, graphs, early launches, large sizes.
+
+The first half runs in the interpreter, too, in fp16.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,22 +22,25 @@ from bench.gpu.timing import HostTimer
 from fastinception import FastInception, Inception
 from fastinception.googlenet import WIDTHS, Widths
 from fastinception.kernels import target
+from tests import fresh
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.*")
 
-DEVICE = "cuda"
+DEVICE, LOW = ("cpu", torch.float16) if target.interpreted() else ("cuda", torch.bfloat16)
 SMALL = Widths(24, 16, (16, 24), (8, 16), 8)
 
 
-def _pair(widths: Widths, dtype: torch.dtype) -> tuple[nn.Module, FastInception]:
+def _pair(
+    widths: Widths, dtype: torch.dtype, format: torch.memory_format = torch.channels_last
+) -> tuple[nn.Module, FastInception]:
     """Return the plain block and the fast one with the same random numbers."""
     torch.manual_seed(0)
     plain = Inception(*widths)
     for p in plain.parameters():
         nn.init.normal_(p, std=(2 / p[0].numel()) ** 0.5)
-    plain = plain.to(DEVICE, dtype).to(memory_format=torch.channels_last)
-    fast = FastInception(*widths, backend="triton").to(DEVICE, dtype).to(memory_format=torch.channels_last)
+    plain = plain.to(DEVICE, dtype).to(memory_format=format)
+    fast = FastInception(*widths, backend="triton").to(DEVICE, dtype).to(memory_format=format)
     fast.load_state_dict(plain.state_dict())
     return plain, fast
 
@@ -42,6 +49,12 @@ def _images(*shape: int, dtype: torch.dtype) -> Tensor:
     """Return random images in channels_last, made in place: some are larger than half of what is left."""
     n, channels, height, width = shape
     return torch.randn(n, height, width, channels, dtype=dtype, device=DEVICE).permute(0, 3, 1, 2)
+
+
+def _misaligned(t: Tensor) -> Tensor:
+    """Return a copy that starts one element behind an aligned address."""
+    own = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].as_strided(t.shape, t.stride())
+    return own.copy_(t.detach())
 
 
 def _step(block: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, params: list[Tensor]) -> dict[str, Tensor]:
@@ -54,15 +67,33 @@ def _step(block: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, params: li
 
 def _errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> Errors:
     off = {name: float((found[name].double() - want).norm() / want.norm()) for name, want in truth.items()}
-    return Errors(off.pop("output"), off, max(off.values()))
+    return Errors(off.pop("output"), off, max(off.values(), default=0.0))
 
 
-def _check_step(widths: Widths, shape: tuple[int, int, int], dtype: torch.dtype) -> Errors:
-    """Check output and gradients by the rule of twice plain's error, in TF32 of truncation's; return the block's."""
-    plain, fast = _pair(widths, dtype)
+def _check_step(
+    widths: Widths,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    format: torch.memory_format = torch.channels_last,
+    *,
+    misaligned: bool = False,
+    expanded: bool = False,
+) -> Errors:
+    """Check output and gradients by the rule of twice plain's error, in TF32 of truncation's; return the block's.
+
+    ``misaligned``: of x and all parameters. ``expanded``: the output's gradient is one number.
+    """
+    plain, fast = _pair(widths, dtype, format)
     n, height, width = shape
-    x = _images(n, widths.in_channels, height, width, dtype=dtype)
+    x = _images(n, widths.in_channels, height, width, dtype=dtype).contiguous(memory_format=format)
     grad = torch.randn_like(plain(x))
+    if expanded:
+        grad = grad[0, 0, 0, 0].expand_as(grad)
+    if misaligned:
+        x, grad = _misaligned(x), _misaligned(grad)
+        for p in fast.parameters():
+            p.data = _misaligned(p)
+        assert {t.data_ptr() % 16 for t in (x, grad, *fast.parameters())} == {dtype.itemsize}
     with torch.no_grad():
         exact = Inception(*widths).to(DEVICE, torch.float64)
         exact.load_state_dict(plain.state_dict())
@@ -77,19 +108,93 @@ def _check_step(widths: Widths, shape: tuple[int, int, int], dtype: torch.dtype)
         cut = truncated(exact)
         usual = _errors(_step(cut, x.double(), grad.double(), list(cut.parameters())), truth)
     check(f"{widths} {shape} {dtype}", errors["fast"], usual)
+    out = torch.full(grad.shape, torch.nan, dtype=dtype, device=DEVICE).contiguous(memory_format=format)
+    out = _misaligned(out) if misaligned else out
+    with torch.no_grad():
+        assert fast(x, out=out) is out
+    check(f"out= {widths} {shape} {dtype}", _errors({"output": out}, {"output": truth["output"]}), usual)
     return errors["fast"]
 
 
+# In a process that believes in a GPU: which tests run, and where their kernels do.
+SELECTED = """
+import json, sys
+import pytest, torch
+
+torch.cuda.is_available = lambda: True
+
+class Found:
+    def pytest_collection_finish(self, session):
+        from fastinception.kernels import target
+
+        items = [item for item in session.items if item.get_closest_marker("skip") is None]
+        print("\\nFOUND", json.dumps([sorted({item.originalname for item in items}), target.interpreted()]))
+
+sys.exit(pytest.main(["-q", "--collect-only", "tests/test_gpu.py", "tests/test_block.py", *OPTIONS], plugins=[Found()]))
+"""
+
+
+def test_on_a_gpu_a_run_is_for_it_or_for_the_interpreter():
+    found = {}
+    for options in ("[]", "['-m', 'gpu']"):
+        printed = fresh.run(SELECTED.replace("*OPTIONS", f"*{options}"))
+        (line,) = (line for line in printed.splitlines() if line.startswith("FOUND"))
+        found[options] = json.loads(line.removeprefix("FOUND"))
+    (usual, interpreted), (selected, not_interpreted) = found.values()
+    assert interpreted
+    assert not not_interpreted
+    assert {"test_both_layouts", "test_unneeded_gradients_are_not_computed"} < set(usual)
+    assert "test_the_same_bits_twice" not in usual
+    assert {"test_both_layouts", "test_the_same_bits_twice", "test_the_backward_stays_inside_its_tensors"} < set(
+        selected
+    )
+    assert "test_unneeded_gradients_are_not_computed" not in selected
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("dtype", [LOW, torch.float16, torch.float32])
+def test_small_block_forward_and_backward(dtype):
+    _check_step(SMALL, (2, 5, 7), dtype)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("size", [(7, 7), (6, 5), (6, 6), (4, 4)])  # pixels that 1, 2, 4 and 16 divide
+def test_both_layouts(size, format):
+    _check_step(SMALL, (3, *size), LOW, format)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("widths", [Widths(17, 15, (9, 33), (5, 13), 7), Widths(12, 4, (8, 20), (4, 4), 12)])
+def test_widths_that_8_does_not_divide(widths, format):
+    _check_step(widths, (2, 5, 7), LOW, format)
+
+
+@pytest.mark.device
+def test_a_step_of_one_pixel_of_many_images():
+    _check_step(SMALL, (128, 3, 3), LOW)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
+def test_operands_that_are_not_aligned(format):
+    _check_step(SMALL, (2, 6, 6), LOW, format, misaligned=True)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
+def test_a_gradient_of_one_number(format):
+    _check_step(SMALL, (2, 6, 6), LOW, format, expanded=True)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["3a", "4d", "5b"])
 def test_bf16_blocks_of_the_network(name):
     _check_step(WIDTHS[name], (3, 7, 9), torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_small_block_forward_and_backward(dtype):
-    _check_step(SMALL, (2, 5, 7), dtype)
-
-
+@pytest.mark.gpu
 @pytest.mark.parametrize("tf32", [False, True])
 def test_float32_follows_the_convolutions_switch(tf32):
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
@@ -102,6 +207,25 @@ def _has_tf32() -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
 
 
+@pytest.mark.gpu
+def test_a_step_is_two_launches_and_six():
+    """By the device's own account, behind the call in which kernels are compiled."""
+    _, fast = _pair(SMALL, torch.bfloat16)
+    x = _images(2, SMALL.in_channels, 9, 9, dtype=torch.bfloat16)
+    grad = torch.randn_like(fast(x))
+
+    def ran() -> list[str]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+            _step(fast, x, grad, list(fast.parameters()))
+            torch.cuda.synchronize()
+        return [event.name for event in profile.events() if event.device_type is torch.autograd.DeviceType.CUDA]
+
+    ran()
+    names = ("entry", "spatial", "split", "data_gradient", "pool_gradient", "entry_gradient", "weight_gradient", "sum")
+    assert ran() == [f"_{name}_kernel" for name in names]
+
+
+@pytest.mark.gpu
 def test_the_same_bits_twice():
     _, fast = _pair(WIDTHS["3b"], torch.bfloat16)
     x = _images(4, WIDTHS["3b"].in_channels, 14, 14, dtype=torch.bfloat16)
@@ -111,6 +235,7 @@ def test_the_same_bits_twice():
         assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.gpu
 def test_a_side_stream_is_waited_for_and_used():
     """The input is written late on the side stream: a launch on any other stream reads zeros."""
     _, fast = _pair(SMALL, torch.bfloat16)
@@ -130,6 +255,7 @@ def test_a_side_stream_is_waited_for_and_used():
         assert torch.equal(found[name], expected[name]), name
 
 
+@pytest.mark.gpu
 def test_a_cuda_graph_replays_on_new_input():
     _, fast = _pair(SMALL, torch.bfloat16)
     params = list(fast.parameters())
@@ -153,6 +279,7 @@ def test_a_cuda_graph_replays_on_new_input():
             assert torch.equal(found[name], want[name]), name
 
 
+@pytest.mark.gpu
 def test_reduce_overhead_computes_what_eager_computes():
     _, fast = _pair(SMALL, torch.bfloat16)
     compiled = torch.compile(fast, mode="reduce-overhead", fullgraph=True)
@@ -162,6 +289,7 @@ def test_reduce_overhead_computes_what_eager_computes():
             assert torch.equal(compiled(x).clone(), fast(x))
 
 
+@pytest.mark.gpu
 def test_launches_that_start_early_wait_for_what_they_read():
     """Twenty times two dependent launches over poison; one that does not wait reads it."""
     context = Context(torch.device(DEVICE), False, HostTimer(torch.device(DEVICE)), Path(), 0.0)
@@ -180,6 +308,7 @@ def test_launches_that_start_early_wait_for_what_they_read():
 HUGE = Widths(64, 16, (16, 16), (16, 16), 16)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("backward", [False, True])
 def test_more_elements_than_int32_can_count(backward):
     if torch.cuda.mem_get_info()[0] < (60 if backward else 20) * 10**9:
@@ -201,6 +330,7 @@ def test_more_elements_than_int32_can_count(backward):
         assert error < 1e-2, f"{name} is off by {error:.2e}"
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 def test_a_device_that_is_not_the_current_one():
     _, fast = _pair(SMALL, torch.bfloat16)

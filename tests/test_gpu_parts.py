@@ -23,7 +23,6 @@ from fastinception.googlenet import WIDTHS
 from fastinception.kernels import configs, replay
 
 pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, under the interpreter
     pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.*"),
 ]

@@ -21,7 +21,6 @@ from bench.gpu.model import modelled
 from tests import fresh
 
 pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the dry run needs the interpreter"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, under the interpreter
     pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.*"),
 ]
@@ -244,7 +243,10 @@ def test_a_case_that_was_too_short_of_time_is_open(tmp_path: Path, monkeypatch: 
         (["--dry-run"], "--output"),
     ],
 )
-def test_bad_options_are_named(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_named(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:
         gpu_suite.main(options)
     assert ended.value.code == 2

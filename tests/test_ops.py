@@ -19,8 +19,7 @@ from fastinception import custom_op, eager, ops
 from fastinception.functional import inception
 from fastinception.kernels import target
 
-DEVICE = "cpu" if target.unsupported(torch.device("cpu"), torch.float64) is None else "cuda"
-HAS_TRITON = target.unsupported(torch.device(DEVICE), torch.float32) is None
+HAS_TRITON = target.unsupported(torch.device("cpu"), torch.float32) is None
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot run here"))
 BACKENDS = ("aten", TRITON)
 FORMATS = (torch.channels_last, torch.contiguous_format)
@@ -30,12 +29,7 @@ FORWARD = {backend: getattr(torch.ops.fastinception, f"{backend}_forward") for b
 BACKWARD = {backend: getattr(torch.ops.fastinception, f"{backend}_backward") for backend in ("aten", "triton")}
 SAVE = {"aten": (), "triton": (True,)}  # the argument that tells Triton's forward to keep what the backward needs
 
-pytestmark = [
-    pytest.mark.skipif(
-        DEVICE == "cuda", reason="double precision, for the interpreter; test_equivalence covers the GPU"
-    ),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.*"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.*")
 
 
 def block(
@@ -623,7 +617,7 @@ def test_a_backward_inside_autocast_keeps_its_dtype(backend):
     tensors = block(dtype=torch.float32)
     y = fast(backend)(*tensors)
     expected = gradients(plain, tensors)
-    with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):
         ours = torch.autograd.grad(y, tensors, randn_like(y))
     assert_same(ours, expected, rtol=1e-4, atol=1e-4)
 

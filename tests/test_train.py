@@ -668,7 +668,7 @@ def test_resume_takes_the_recipe_from_the_run_and_another_block(command, images,
         (["--limit", "0"], "argument --limit: must be 1 to"),
         (["--seed", "-1"], "argument --seed: must be 0 to"),
         (["--device", "tpu0"], "--device must be cpu, cuda, cuda:N or auto, got 'tpu0'"),
-        (["--device", "cuda:99"], "GPU 99 is not among the"),
+        (["--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
         (["--checkpoint-steps", "0"], "argument --checkpoint-steps: must be 1 to"),
     ],
 )

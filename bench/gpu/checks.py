@@ -46,9 +46,10 @@ def _card(context: Context) -> list[Row]:
 
 
 def tests(context: Context) -> list[Case]:
-    """List the tests that need a GPU, one file a case; a dry run asks only for their names."""
-    files = sorted(path for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text())
-    files = files[-1:] if context.dry else files
+    """List the tests that run on a GPU, one file a case; a dry run asks only for their names."""
+    marked = re.compile(r"mark\.(gpu|device)\b")
+    files = sorted(path for path in (ROOT / "tests").glob("test_*.py") if marked.search(path.read_text()))
+    files = [path for path in files if path.stem == "test_gpu" or not context.dry]
     return [Case(path.name, partial(_tests, path, context), seconds=30, limit=400) for path in files]
 
 
