@@ -86,7 +86,7 @@ class Part(NamedTuple):
 
     name: str
     tile: tuple[int, int, int]  # pixels, output channels, depth of one step
-    steps: int  # for one block of pixel rows: K steps x column tiles
+    steps: int  # for one block of pixel rows, as many as the tallest tile has: K steps x tiles
     pipelined: bool = True  # loads by asynchronous copies
 
 
@@ -203,20 +203,21 @@ def parts(kernel: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, A
     if kernel in ("split", "pool_gradient", "sum"):
         return []
     given = dict(zip(function.arg_names, args, strict=False)) | kwargs
-    rows, depth = given["BLOCK_M"], given["BLOCK_K"]
+    depth = given["BLOCK_K"]
     if kernel in ("spatial", "data_gradient"):
         reduced, stored = map(configs.from_list, (given["in_channels"], given["out_channels"]))
         if kernel == "data_gradient":
             reduced, stored = stored, reduced
-        return [  # the constants begin with the kernel's size and end with the tile's width and a divisor
+        tallest = max(rows for *_, rows, _, _ in given["LEVEL"])
+        return [  # the constants begin with the kernel's size and end with the tile's and a divisor
             Part(
                 f"{kernel_h}x{kernel_w}",
                 (rows, width, depth),
-                configs.tiles(kernel_h * kernel_w * c, depth) * configs.tiles(o, width),
+                configs.tiles(kernel_h * kernel_w * c, depth) * configs.tiles(o, width) * (tallest // rows),
             )
-            for (kernel_h, kernel_w, *_, width, _), c, o in zip(given["LEVEL"], reduced, stored, strict=True)
+            for (kernel_h, kernel_w, *_, rows, width, _), c, o in zip(given["LEVEL"], reduced, stored, strict=True)
         ]
-    tile = (rows, given["BLOCK_N"], depth)
+    tile = (given["BLOCK_M"], given["BLOCK_N"], depth)
     if kernel == "weight_gradient":
         if given["LEVEL"] is None:  # one loop for all
             return [Part("products", tile, steps=1)]

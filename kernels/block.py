@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastinception.kernels import configs, library, target
 from fastinception.kernels.data_gradient import Gradient, choose_tiles, data_gradient
+from fastinception.kernels.data_gradient import parts as data_gradient_parts
 from fastinception.kernels.entry import entry
 from fastinception.kernels.entry_gradient import entry_gradient, pool_gradient
 from fastinception.kernels.replay import Made
@@ -170,11 +171,10 @@ def _plan(
         column += columns
 
     tiles = choose_tiles(rows, (weights[2], weights[4], weights[5]), dtype, gpu)
-    tile_rows = configs.tiles(rows, tiles.block_m)
     gradients, gradient_of = [], []
     for i, weight, reached, first, bias in ((1, weights[2], reach2, c1, b21), (2, weights[4], reach3, c1 + c21, b31)):
         if reached:
-            sums_at = place(weight[1], tile_rows, (bias, weight[1]))
+            sums_at = place(weight[1], data_gradient_parts(rows, weight[1], tiles, gpu), (bias, weight[1]))
             gradients.append(Gradient(weight, True, c1 + c21 + c31, first, sums_at))
             gradient_of.append(i)
     if needs[x]:

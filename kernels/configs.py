@@ -262,6 +262,18 @@ def narrow(size: int, channels: int) -> int:
     return size
 
 
+def fit(tiles: Tiles, channels: int, gpu: Gpu) -> tuple[int, int]:
+    """Return pixels and channels of the tile of one product among several, which writes ``channels``.
+
+    Narrowed to a quarter, a tile has as many instructions in each step for a quarter of the products, so it gets twice
+    the pixels (more channels would take the registers of a second program on an SM). Not where the wide one is for few
+    pixels, or so large that more would not fit; AMD's shared memory is full of it.
+    """
+    block_n = narrow(tiles.block_n, channels)
+    taller = 4 * block_n <= tiles.block_n and tiles.block_m == 128 and not gpu.is_amd
+    return (256 if taller else tiles.block_m), block_n
+
+
 def tiles(size: int, block: int) -> int:
     """Return how many tiles of ``block`` cover ``size`` (``triton.cdiv`` takes 2 us: it serves kernels, too)."""
     return -(-size // block)

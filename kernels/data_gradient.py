@@ -31,8 +31,8 @@ class Gradient(NamedTuple):
 @triton.jit
 def _gradient_tile(
     tile, g_ptr, w_ptr, active_ptr, out_ptr, partials_ptr, C, O, inverse, row_inverse, stride, column, M, H, W,
-    KH: tl.constexpr, KW: tl.constexpr, RELU: tl.constexpr, BLOCK_N: tl.constexpr, DIVISOR: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIVISOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``conv_transpose2d(g, w)``, 0 where the ReLU was not active, for BLOCK_M pixels x BLOCK_N of its O channels.
 
@@ -65,20 +65,19 @@ def _gradient_tile(
 def _data_gradient_kernel(
     g_ptrs, w_ptrs, active_ptrs, out_ptrs, partials_ptr,
     out_channels, in_channels, inverses, row_inverses, strides, columns, sums, M, H, W,
-    LEVEL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    LEVEL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of one convolution: the tiles of the list's convolutions follow one another."""
     follow_predecessor(PDL)
-    row_tiles = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0)
     for i in tl.static_range(len(LEVEL)):
-        tiles = row_tiles * tl.cdiv(number(in_channels[i]), LEVEL[i][3])
+        tiles = tl.cdiv(M, LEVEL[i][3]) * tl.cdiv(number(in_channels[i]), LEVEL[i][4])
         if (tile >= 0) & (tile < tiles):
             _gradient_tile(
                 tile, g_ptrs[i], w_ptrs[i], active_ptrs[i], out_ptrs[i], partials_ptr + number(sums[i]),
-                number(out_channels[i], LEVEL[i][4]), number(in_channels[i], LEVEL[i][4]), inverses[i], row_inverses[i],
-                number(strides[i], LEVEL[i][4]), number(columns[i], LEVEL[i][4]), M, H, W,
-                LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], LEVEL[i][4], PRECISION, BLOCK_M, BLOCK_K,
+                number(out_channels[i], LEVEL[i][5]), number(in_channels[i], LEVEL[i][5]), inverses[i], row_inverses[i],
+                number(strides[i], LEVEL[i][5]), number(columns[i], LEVEL[i][5]), M, H, W,
+                LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], LEVEL[i][4], LEVEL[i][5], PRECISION, BLOCK_K,
             )  # fmt: skip
         tile -= tiles
 
@@ -103,7 +102,7 @@ def data_gradient(
         outs: rows of pixels, ``[M, stride]``, contiguous.
         shape: N, H and W of all of them.
         partials: float32 (float64 for float64), gets at ``sums`` of each ReLU ``[parts, C]``, the sums of its gradient,
-            where parts is ``M / tiles.block_m``, rounded up.
+            see :func:`parts`.
         tiles: see :func:`choose_tiles`.
 
     All but partials have one dtype. Checked by the caller.
@@ -123,6 +122,16 @@ def choose_tiles(rows: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dtyp
     return configs.choose("data_gradient", rows, out_channels * kernel_h * kernel_w, columns, dtype, gpu)
 
 
+def parts(rows: int, channels: int, tiles: configs.Tiles, gpu: target.Gpu) -> int:
+    """Return of how many parts a ReLU's sums come, where its convolution reads ``channels``."""
+    return configs.tiles(rows, _fit(tiles, channels, gpu)[0])
+
+
+def _fit(tiles: configs.Tiles, channels: int, gpu: target.Gpu) -> tuple[int, int]:
+    # At least 32: with 16, ptxas makes every tensor-core instruction of the kernel wait for the last one (sm_90).
+    return configs.fit(tiles, max(channels, 32), gpu)
+
+
 @configs.cached
 def _launch(
     gradients: tuple[Gradient, ...], shape: tuple[int, int, int], tiles: configs.Tiles, gpu: target.Gpu, precision: str
@@ -130,13 +139,12 @@ def _launch(
     rows = math.prod(shape)
     level, sizes, programs = [], [], 0
     for (out_channels, in_channels, kernel_h, kernel_w), relu, stride, column, sums in gradients:
-        # At least 32: with 16, ptxas makes every tensor-core instruction of the kernel wait for the last one (sm_90).
-        block_n = configs.narrow(tiles.block_n, max(in_channels, 32))
+        block_m, block_n = _fit(tiles, in_channels, gpu)
         divisor = math.gcd(8, out_channels, in_channels, stride, column)
-        level.append((kernel_h, kernel_w, relu, block_n, divisor))
+        level.append((kernel_h, kernel_w, relu, block_m, block_n, divisor))
         sizes.append((out_channels, in_channels, *inverses(out_channels, kernel_h, kernel_w), stride, column, sums))
-        programs += configs.tiles(rows, tiles.block_m) * configs.tiles(in_channels, block_n)
+        programs += configs.tiles(rows, block_m) * configs.tiles(in_channels, block_n)
     return configs.launch(
         programs, (*zip(*sizes, strict=True), rows, *shape[1:]),
-        LEVEL=tuple(level), PRECISION=precision, BLOCK_M=tiles.block_m, BLOCK_K=tiles.block_k, **tiles.options(gpu),
+        LEVEL=tuple(level), PRECISION=precision, BLOCK_K=tiles.block_k, **tiles.options(gpu),
     )  # fmt: skip

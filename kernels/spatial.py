@@ -37,6 +37,7 @@ class Geometry(NamedTuple):
     stride_w: int
     pad_h: int
     pad_w: int
+    block_m: int
     block_n: int
     divisor: int  # of its channels
 
@@ -106,8 +107,8 @@ def _conv_tile(
     C, O, inverse, row_inverse, column, mask_column,
     M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    BLOCK_N: tl.constexpr, DIVISOR: tl.constexpr, PRECISION: tl.constexpr,
-    SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIVISOR: tl.constexpr, PRECISION: tl.constexpr,
+    SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``relu(conv2d(x, w, b))`` for BLOCK_M output pixels x BLOCK_N output channels."""
     column_tiles = tl.cdiv(O, BLOCK_N)
@@ -138,22 +139,21 @@ def _spatial_kernel(
     x_ptrs, w_ptrs, b_ptrs, out_ptr, mask_ptr, in_channels, out_channels, inverses, row_inverses,
     columns, mask_columns, M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
     LEVEL: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of one convolution: the tiles of the list's convolutions follow one another."""
     follow_predecessor(PDL)
-    row_tiles = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0)
     for i in tl.static_range(len(LEVEL)):
-        tiles = row_tiles * tl.cdiv(number(out_channels[i]), LEVEL[i][6])
+        tiles = tl.cdiv(M, LEVEL[i][6]) * tl.cdiv(number(out_channels[i]), LEVEL[i][7])
         if (tile >= 0) & (tile < tiles):
             _conv_tile(
                 tile, x_ptrs[i], w_ptrs[i], b_ptrs[i], out_ptr, mask_ptr,
-                number(in_channels[i], LEVEL[i][7]), number(out_channels[i], LEVEL[i][7]), inverses[i], row_inverses[i],
-                number(columns[i], LEVEL[i][7]), number(mask_columns[i]),
+                number(in_channels[i], LEVEL[i][8]), number(out_channels[i], LEVEL[i][8]), inverses[i], row_inverses[i],
+                number(columns[i], LEVEL[i][8]), number(mask_columns[i]),
                 M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
-                LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], LEVEL[i][4], LEVEL[i][5], LEVEL[i][6], LEVEL[i][7],
-                PRECISION, SAVE, RELU, RUN, BLOCK_M, BLOCK_K,
+                LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], LEVEL[i][4], LEVEL[i][5],
+                LEVEL[i][6], LEVEL[i][7], LEVEL[i][8], PRECISION, SAVE, RELU, RUN, BLOCK_K,
             )  # fmt: skip
         tile -= tiles
 
@@ -247,16 +247,16 @@ def _launch(
     for (out_channels, in_channels, kernel_h, kernel_w), stride, padding, column, mask_column in convs:
         if kernel_h * kernel_w > 31:
             raise ValueError(f"a convolution of at most 31 taps was expected, got {kernel_h}x{kernel_w}")
-        block_n = configs.narrow(tiles.block_n, out_channels)
+        block_m, block_n = configs.fit(tiles, out_channels, gpu)
         divisor = math.gcd(8, in_channels, out_channels, column)
-        level.append(Geometry(kernel_h, kernel_w, *stride, *padding, block_n, divisor))
+        level.append(Geometry(kernel_h, kernel_w, *stride, *padding, block_m, block_n, divisor))
         sizes.append((in_channels, out_channels, *inverses(in_channels, kernel_h, kernel_w), column, mask_column))
-        programs += configs.tiles(rows, tiles.block_m) * configs.tiles(out_channels, block_n)
+        programs += configs.tiles(rows, block_m) * configs.tiles(out_channels, block_n)
     lists = zip(*sizes, strict=True)
     strides = out_strides(out_shape, channels_last)
     launch = configs.launch(
         programs, (*lists, rows, *size, out_height, out_width, *strides, mask_bytes),
         LEVEL=tuple(tuple(geometry) for geometry in level), PRECISION=precision, SAVE=mask_bytes > 0, RELU=relu,
-        RUN=out_run(out_shape, channels_last), BLOCK_M=tiles.block_m, BLOCK_K=tiles.block_k, **tiles.options(gpu),
+        RUN=out_run(out_shape, channels_last), BLOCK_K=tiles.block_k, **tiles.options(gpu),
     )  # fmt: skip
     return launch, tiles

@@ -41,6 +41,8 @@ COMMANDS = (
     # Fewer images than a step has pixels.
     ["--chips", "sm_90", "--blocks", "4b", "--dtypes", "bf16", "--images", FEWER, "--kernels", "weight_gradient"],
     ["--chips", *OTHER_CHIPS, "--blocks", "4e", "--dtypes", "fp16", "--images", FEW, "--kernels", "entry"],
+    # A tile of a quarter of the channels, which has twice the pixels, with the fewest registers to spare.
+    ["--chips", "sm_80", "--blocks", "3a", "--dtypes", "fp32", "--kernels", "spatial"],
 )
 # Issue pressure of the default tiles on sm_90, by the kernel and the mode: what was reached, and of the pool the limits
 # of DESIGN, which allows the GEMM 0.6 and the spatial level 0.5. That of the latter and of the gradients is their whole
@@ -49,13 +51,13 @@ LIMITS = {
     "entry gemm": {"infer": 0.31, "train": 0.31},
     "entry pool": {"infer": 2.5, "train": 5},
     "spatial": {"infer": 0.45, "train": 0.45},
-    "data_gradient": {"train": 0.71},
+    "data_gradient": {"train": 0.63},
     "entry_gradient": {"train": 0.53},
     "weight_gradient": {"train": 0.6},
 }
-# In 3a the 5x5 has 32 channels (1.5 by itself), and Triton 3.9 spends ten instructions a step more than 3.6: 0.514 and
-# 0.46. In 3b its gradient has 32 and adds up 96, a larger part of the launch than in other blocks.
-EXCEPTIONS = {("3a", "spatial"): 0.52, ("3b", "data_gradient"): 0.81}
+# In 3a the 5x5 has 32 channels, and 1.02 by itself. In 3b it has 32 to read, and its gradient adds up 96: a larger part
+# of the launch than in other blocks.
+EXCEPTIONS = {("3a", "spatial"): 0.47, ("3b", "data_gradient"): 0.69}
 
 # Two warpgroups. The loop from 0x10 to 0xb0 has 11 instructions, two products and two groups of copies, one each.
 PIPELINED = """
@@ -326,7 +328,7 @@ def name(row: dict[str, Any]) -> str:
 
 def test_all_was_compiled(compiled):
     expected = 8 * len(aot.WIDTHS) + 3 + 2 * len(aot.CHIPS) + 8 * len(OTHER_CHIPS) + 2 + 1
-    expected += 4 + 1 + 1 + len(OTHER_CHIPS)
+    expected += 4 + 1 + 1 + len(OTHER_CHIPS) + 1
     assert len(compiled) == expected
     assert tuple(aot.KERNELS) == aot_report.KERNELS
     assert set(aot.KERNELS) == {*FORWARD, *BACKWARD, *SWEEPS}

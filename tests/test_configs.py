@@ -126,6 +126,23 @@ def test_tiles_get_smaller_while_all_run_at_once(rows, columns, processors, size
         assert chosen.num_stages == found.num_stages
 
 
+@pytest.mark.parametrize(
+    ("sizes", "channels", "chip", "tile"),
+    [
+        ((128, 128), 32, "sm_90", (256, 32)),
+        ((128, 128), 17, "cpu", (256, 32)),
+        ((128, 128), 33, "sm_90", (128, 64)),  # half as wide
+        ((128, 64), 16, "sm_80", (256, 16)),
+        ((128, 64), 64, "sm_80", (128, 64)),
+        ((64, 128), 16, "sm_90", (64, 16)),  # for few pixels
+        ((256, 128), 32, "sm_90", (256, 32)),
+        ((128, 128), 32, "gfx942", (128, 32)),
+    ],
+)
+def test_a_tile_of_a_quarter_of_the_channels_has_twice_the_pixels(sizes, channels, chip, tile):
+    assert configs.fit(configs.Tiles(*sizes, 64, 8, 3), channels, target.Gpu("", chip)) == tile
+
+
 def test_only_what_can_be_launched_early_is(tuned):
     tiles = configs.Tiles(**TILES, launch_pdl=True)
     size = {"num_warps": 4, "num_stages": 2}
@@ -300,7 +317,7 @@ def test_launchers_follow_the_table_and_their_keyword(tuned, monkeypatch):
     launch()
     # 50 rows: two tiles, each with two columns of the GEMM and two times four of the pooled branch.
     assert (kernels["entry"].BLOCK_M, kernels["entry"].POOL_M, kernels["entry"].grid) == (32, 16, (2 * (2 + 2 * 4),))
-    assert (kernels["spatial"].BLOCK_M, kernels["spatial"].BLOCK_K, kernels["spatial"].grid) == (64, 64, (1,))
+    assert (kernels["spatial"].LEVEL[0][6], kernels["spatial"].BLOCK_K, kernels["spatial"].grid) == (64, 64, (1,))
     launch(torch.empty(50, 25, dtype=torch.uint8))
     assert (kernels["entry"].num_warps, kernels["spatial"].num_warps) == (2, 1)
     launch(tiles=configs.Tiles(16, 16, 16, 1, 1, pool=(16, 16, 16)))
