@@ -296,9 +296,10 @@ def disassemble(kernels: Sequence[CompiledKernel], chip: str) -> list[list[sass.
             arch = f"SM{chip[3:]}" + ("a" if int(chip[3:]) >= 90 else "")
             command = triton.knobs.nvidia.nvdisasm.path, "--binary", arch, file.name
             code = sass.parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        start = 0
         for cubin, text in texts.items():
-            count = len(text) // sass.INSTRUCTION_BYTES
-            _disassembled[cubin], code = code[:count], code[count:]
+            _disassembled[cubin] = [i for i in code if start <= i.address < start + len(text)]
+            start += len(text)
     return [_disassembled[cubin] for cubin in cubins]
 
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", re.MULTILINE)
 _TENSOR_CORE = ("HGMMA", "HMMA", "UTCHMMA")
-INSTRUCTION_BYTES = 16
 # What the names of mma.sync instructions mean: rows, columns, depth.
 _HMMA = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}
 

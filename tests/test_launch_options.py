@@ -32,7 +32,7 @@ compiled = [aot.compile_launch(*launch, "sm_90") for launch in launches.values()
 rows = {}
 for name, kernel, code in zip(launches, compiled, aot.disassemble(compiled, "sm_90")):
     rows[name] = aot.read_nvidia(kernel, code) | {
-        "shared": kernel.metadata.shared, "launch_pdl": kernel.metadata.launch_pdl,
+        "starts": code[0].operands, "shared": kernel.metadata.shared, "launch_pdl": kernel.metadata.launch_pdl,
         "waits": kernel.asm["ptx"].count("griddepcontrol.wait"),
         "signals": kernel.asm["ptx"].count("griddepcontrol.launch_dependents"),
     }
@@ -51,6 +51,12 @@ def test_nothing_spills(compiled):
     for name, row in compiled.items():
         assert row["stack"] == row["local"] == 0, name
         assert row["shared"] <= 227 * 1024, name
+
+
+def test_each_is_read_from_its_first_instruction_on(compiled):
+    """They are disassembled together; a kernel begins with its stack pointer."""
+    for name, row in compiled.items():
+        assert row["starts"].startswith("R1, c[0x0]"), name
 
 
 def test_an_early_launch_waits_once_and_lets_the_next_one_start(compiled):
