@@ -20,7 +20,7 @@ PLAIN = {Tensor, Parameter}  # a subclass may be anything
 BACKENDS = ("auto", "triton", "aten")
 # What the kernels count in int32: pixels, up to the end of the last tile, and numbers from row to row of an image.
 _MOST_PIXELS = 2**31 - 2**12
-_MOST_IN_A_ROW = 2**29 - 1  # a 5x5 kernel has four rows below its first
+_MOST_IN_FIVE_ROWS = 2**31  # a 5x5 kernel has four rows below its first, and reads five pixels of the last
 
 
 def _emulated() -> frozenset[torch.dtype]:
@@ -94,8 +94,9 @@ def _too_large(x: Tensor, params: Sequence[Tensor]) -> str | None:
     if n * height * width > _MOST_PIXELS:
         return f"the kernels count at most {_MOST_PIXELS} pixels"
     widest = max(weight.shape[0] for weight in params[2:10:2])  # into and out of the 3x3 and the 5x5 convolution
-    if width * widest > _MOST_IN_A_ROW:
-        return f"the kernels count at most {_MOST_IN_A_ROW} numbers in a row, and {width} pixels of {widest} are more"
+    if (4 * width + 5) * widest > _MOST_IN_FIVE_ROWS:
+        most = _MOST_IN_FIVE_ROWS // 4
+        return f"the kernels count less than {most} numbers in a row, and {width} pixels of {widest} are too many"
     return None
 
 

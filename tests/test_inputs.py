@@ -187,8 +187,8 @@ def test_empty_batch_is_the_plain_blocks(backend, layout):
     ("pixels", "reason"),
     [
         (2**31, "the kernels count at most 2147479552 pixels"),
-        (89478486, "at most 536870911 numbers in a row, and 89478486 pixels of 6 are more"),
-        (89478485, None),
+        (89478485, "less than 536870912 numbers in a row, and 89478485 pixels of 6 are too many"),
+        (89478484, None),
     ],
 )
 def test_what_is_beyond_the_kernels_integers_is_not_theirs(pixels, reason):
