@@ -95,8 +95,8 @@ def _too_large(x: Tensor, params: Sequence[Tensor]) -> str | None:
         return f"the kernels count at most {_MOST_PIXELS} pixels"
     widest = max(weight.shape[0] for weight in params[2:10:2])  # into and out of the 3x3 and the 5x5 convolution
     if (4 * width + 5) * widest > _MOST_IN_FIVE_ROWS:
-        most = _MOST_IN_FIVE_ROWS // 4
-        return f"the kernels count less than {most} numbers in a row, and {width} pixels of {widest} are too many"
+        most = (_MOST_IN_FIVE_ROWS // widest - 5) // 4
+        return f"the kernels count at most {most} pixels of {widest} channels in a row, and there are {width}"
     return None
 
 

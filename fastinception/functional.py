@@ -151,7 +151,7 @@ def copy_into(out: Tensor, y: Tensor, inputs: Sequence[Tensor]) -> Tensor:
 def _cast(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
     """Return ``x`` and ``params`` in the dtype that autocast asks of a convolution, or as they are without it."""
     check_images(x)
-    if type(params) is not list and not isinstance(params, Sequence):
+    if type(params) is not list and not isinstance(params, (Sequence, nn.ParameterList)):
         hint = ": pass list(block.parameters())" if isinstance(params, nn.Module) else ""
         raise TypeError(f"params must be a sequence of 12 tensors, got {type(params).__name__}{hint}")
     if len(params) != 12:

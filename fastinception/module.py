@@ -78,8 +78,8 @@ class FastInception(Inception):
     def from_reference(cls, module: Inception, *, backend: str | None = None) -> FastInception:
         """Return ``module`` as a fast block that shares its children, and so its parameters, and its hooks.
 
-        What is replaced or hooked later on one of them is so on both. Without a ``backend`` it is that of a ``module``
-        that has one, else ``"auto"``.
+        What is replaced or hooked later on one of them is so on both. Without a ``backend`` it is that of a fast
+        ``module``, else ``"auto"``.
 
         Raises:
             TypeError: ``module`` is not an :class:`fastinception.Inception`, or overrides its forward or call, in its
@@ -97,7 +97,8 @@ class FastInception(Inception):
         fast = cls.__new__(cls)
         fast.__dict__.update(module.__dict__)
         fast._compiled_call_impl = None  # what module.compile() made would go on running the plain block
-        fast.backend = backends.check(getattr(module, "backend", "auto") if backend is None else backend)
+        own = module.backend if isinstance(module, FastInception) else "auto"
+        fast.backend = backends.check(own if backend is None else backend)
         return fast
 
     def extra_repr(self) -> str:

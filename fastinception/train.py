@@ -131,7 +131,7 @@ def _find_run(args: argparse.Namespace) -> tuple[Path, dict[str, Any] | None]:
     given = isinstance(wanted, Path)
     folder: Path = args.output or (wanted.parent if given else Path("runs", "train"))
     if folder.exists() and not folder.is_dir():
-        raise TrainingError(f"--output {folder} is not a folder")
+        raise TrainingError(f"{folder} is not a folder: give another --output")
     if wanted is True:
         return folder, checkpoint.load(_newest(folder))
     if given and wanted.parent.resolve() == folder.resolve():

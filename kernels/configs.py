@@ -265,12 +265,12 @@ def narrow(size: int, channels: int) -> int:
 def fit(tiles: Tiles, channels: int, gpu: Gpu) -> tuple[int, int]:
     """Return pixels and channels of the tile of one product among several, which writes ``channels``.
 
-    Narrowed to a quarter, a tile has as many instructions in each step for a quarter of the products, so it gets twice
-    the pixels (more channels would take the registers of a second program on an SM). Not where the wide one is for few
-    pixels, or so large that more would not fit; AMD's shared memory is full of it.
+    Narrowed to a quarter, a tile has a quarter of the products in each step and nearly as many other instructions, so
+    it gets twice the pixels. (Narrowed to half, it would take the registers of a second program on an SM.) Not where
+    the wide one is for few pixels, or larger than usual.
     """
     block_n = narrow(tiles.block_n, channels)
-    taller = 4 * block_n <= tiles.block_n and tiles.block_m == 128 and not gpu.is_amd
+    taller = 4 * block_n <= tiles.block_n and tiles.block_m == 128 and gpu.holds_tall_tiles
     return (256 if taller else tiles.block_m), block_n
 
 

@@ -81,6 +81,11 @@ class Gpu(NamedTuple):
         return self.chip.startswith("sm_")
 
     @property
+    def holds_tall_tiles(self) -> bool:
+        """Tell whether a program gets shared memory for a tile's 256 pixels: 163 KB or more, and others 99 or 64."""
+        return self.chip in ("cpu", "sm_80", "sm_90", "sm_100", "sm_103")
+
+    @property
     def is_amd(self) -> bool:
         """Tell whether AMD's compiler makes the code."""
         return self.chip.startswith("gfx")

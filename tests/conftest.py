@@ -58,6 +58,9 @@ def on_gpu(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    expression = config.option.markexpr
+    if torch.cuda.is_available() and "gpu" in expression.replace("not gpu", "") and not on_gpu(config):
+        raise pytest.UsageError(f"-m gpu alone asks for the device, got -m {expression!r}")
     # Read when a kernel is defined, which nothing has done so far.
     os.environ["TRITON_INTERPRET"] = "0" if on_gpu(config) else "1"
     if not on_gpu(config) and importlib.util.find_spec("triton"):
@@ -72,7 +75,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     skip = pytest.mark.skip(reason="needs a CUDA or ROCm device, and -m gpu")
     for item in items:
-        if on_gpu(config) and "device" in item.keywords:
+        if on_gpu(config) and item.get_closest_marker("device"):
             item.add_marker("gpu")
-        if not on_gpu(config) and "gpu" in item.keywords:
+        if not on_gpu(config) and item.get_closest_marker("gpu"):
             item.add_marker(skip)

@@ -5,8 +5,10 @@ That takes seconds: the standard library's fork server does it once, and each pr
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -33,13 +35,13 @@ def _execute(code: str, arguments: list[str], outputs: tuple[str, str], cwd: Pat
     sys.path[:] = ["", *given, *(entry for entry in sys.path if entry not in own)]
     sys.argv = ["-c", *arguments]
     warnings.simplefilter("ignore")
-    exec(compile(code, "<code of a test>", "exec"), {"__name__": "__main__"})
+    exec(compile(code, "<code of a test>", "exec", dont_inherit=True), {"__name__": "__main__"})
 
 
 def start(
     code: str, output: Path, errors: Path, arguments: Sequence[str] = (), cwd: Path = ROOT, **variables: str | None
 ) -> BaseProcess:
-    """Start ``code`` as ``python -W ignore -c`` would. What it prints is appended to files, which exist.
+    """Start ``code`` as ``python -W ignore -c`` would, but for atexit. What it prints is appended to existing files.
 
     ``variables`` change the environment; None takes one away. OMP_NUM_THREADS stays as PyTorch has read it.
     """
@@ -55,7 +57,11 @@ def run(code: str, cwd: Path = ROOT, **variables: str | None) -> str:
     variables = {"TRITON_INTERPRET": None, "PYTHONPATH": str(ROOT)} | variables
     with tempfile.NamedTemporaryFile("r") as output, tempfile.NamedTemporaryFile("r") as errors:
         process = start(code, Path(output.name), Path(errors.name), cwd=cwd, **variables)
-        process.join(TIMEOUT)
-        process.kill()
-        assert process.exitcode == 0, errors.read()
+        try:
+            process.join(TIMEOUT)
+        finally:  # with all that it started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == 0, f"status {process.exitcode} (-9: not within {TIMEOUT:g} s): {errors.read()}"
         return output.read()

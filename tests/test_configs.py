@@ -136,7 +136,8 @@ def test_tiles_get_smaller_while_all_run_at_once(rows, columns, processors, size
         ((128, 64), 64, "sm_80", (128, 64)),
         ((64, 128), 16, "sm_90", (64, 16)),  # for few pixels
         ((256, 128), 32, "sm_90", (256, 32)),
-        ((128, 128), 32, "gfx942", (128, 32)),
+        ((128, 128), 32, "gfx942", (128, 32)),  # no shared memory for more
+        ((128, 128), 32, "sm_89", (128, 32)),
     ],
 )
 def test_a_tile_of_a_quarter_of_the_channels_has_twice_the_pixels(sizes, channels, chip, tile):
@@ -153,7 +154,7 @@ def test_only_what_can_be_launched_early_is(tuned):
         assert tiles.options(target.Gpu("", chip)) == size | {"PDL": False}
 
 
-def test_the_nearest_shape_by_its_logarithms(tuned):
+def test_the_nearest_shape_by_its_factors(tuned):
     write(
         tuned,
         entry(shape=(1000, 100, 64), num_stages=1),

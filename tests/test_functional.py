@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastinception import Inception
 from fastinception.functional import inception
@@ -91,6 +91,9 @@ def test_params_of_a_wrong_type_are_named(backend, grad, autocast):
         ):
             with pytest.raises(TypeError, match=message):
                 inception(x, wrong, backend=backend)
+        expected = inception(x, params, backend=backend)
+        for right in (tuple(params), nn.ParameterList(params)):
+            torch.testing.assert_close(inception(x, right, backend=backend), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("activation", ["ReLU", "gelu", None])

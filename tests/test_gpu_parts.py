@@ -246,7 +246,7 @@ def test_tuning_is_open_until_all_is_done(
     monkeypatch.setattr(checks, "_verdict", lambda name, command: given.append(command) or [row])
     context = _context()._replace(dry=False, output=tmp_path, deadline=time.monotonic() + 100.5)
     assert checks._tune(context) == ([row] if done else None)
-    assert given[0][-4:-2] == ["--budget", "90"]
+    assert given[0][-4:-2] == ["--budget", "40"]
     assert Path(given[0][-1]).parent == tmp_path / "tuned"
 
 

@@ -187,7 +187,7 @@ def test_empty_batch_is_the_plain_blocks(backend, layout):
     ("pixels", "reason"),
     [
         (2**31, "the kernels count at most 2147479552 pixels"),
-        (89478485, "less than 536870912 numbers in a row, and 89478485 pixels of 6 are too many"),
+        (89478485, "at most 89478484 pixels of 6 channels in a row, and there are 89478485"),
         (89478484, None),
     ],
 )

@@ -739,7 +739,7 @@ def test_addresses_beyond_two_to_the_31_elements_in_the_backward(monkeypatch, ke
         operands += [bytes_, partials]
     elif kernel == "data_gradient":
         tiles, out = configs.Tiles(32, 32, 16, num_warps=4, num_stages=2), huge(pixels, c)
-        partials = torch.empty(configs.tiles(pixels, tiles.block_m) * c)
+        partials = torch.empty(data_gradient_module.parts(pixels, c, tiles, gpu) * c)
         gradient = data_gradient_module.Gradient(weight.shape, relu=True, stride=c)
         data_gradient_module.data_gradient((gradient,), [rows], [weight], [images], [out], shape, partials, tiles)
         operands += [out, weight, partials]

@@ -587,7 +587,7 @@ def test_unwritable_output_is_said_at_the_start(command, tmp_path, monkeypatch, 
     assert command(tmp_path / "file" / "run") == 1
     assert f"'{tmp_path / 'file' / 'run'}'" in capsys.readouterr().err
     assert command(tmp_path / "file") == 1
-    assert f"--output {tmp_path / 'file'} is not a folder" in capsys.readouterr().err
+    assert f"{tmp_path / 'file'} is not a folder: give another --output" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("", (), {"free": 30_000_000}))
         assert command(tmp_path / "small") == 1

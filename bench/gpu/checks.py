@@ -82,7 +82,8 @@ def _sanitize(tool: str, context: Context) -> list[Row]:
 
 def tuning(context: Context) -> list[Case]:
     """Run bench/tune.py for what is left of the budget. It goes on where it stopped, until all is tuned."""
-    return [Case("bf16", partial(_tune, context), seconds=30, limit=3600)]
+    left = context.deadline - time.monotonic()
+    return [Case("bf16", partial(_tune, context), seconds=90, limit=max(200.0, left + 60))]
 
 
 def _tune(context: Context) -> list[Row] | None:
@@ -90,8 +91,8 @@ def _tune(context: Context) -> list[Row] | None:
 
     table = context.output / TUNED / configs.table_path(target.gpu(context.device).name).name
     table.parent.mkdir(exist_ok=True)
-    # To end by itself, what it started takes some seconds more.
-    budget = 1 if context.dry else max(10, int(context.deadline - time.monotonic()) - 10)
+    # To end by itself: it starts some seconds later, and looks at the time only behind what it compiles together.
+    budget = 1 if context.dry else max(10, int(context.deadline - time.monotonic()) - 60)
     command = [sys.executable, str(ROOT / "bench" / "tune.py"), "--budget", str(budget), "--output", str(table)]
     (row,) = _verdict("bench/tune.py", [*command, *(["--dry-run"] if context.dry else [])])
     return [row] if context.dry or "failed" in row or row["says"].endswith("all done") else None
