@@ -74,8 +74,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     skip = pytest.mark.skip(reason="needs a CUDA or ROCm device, and -m gpu")
+    for_gpu = on_gpu(config)
     for item in items:
-        if on_gpu(config) and item.get_closest_marker("device"):
+        if for_gpu and item.get_closest_marker("device"):
             item.add_marker("gpu")
-        if not on_gpu(config) and item.get_closest_marker("gpu"):
+        if not for_gpu and item.get_closest_marker("gpu"):
             item.add_marker(skip)
