@@ -95,15 +95,16 @@ def relu_bits(y: Tensor) -> Tensor:
 def window_maxima(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return ATen's maxima of x's 3x3 windows and which of its window's pixels each is, both ``[N*H*W, K]``.
 
-    A pixel's code is 4 * row + column, with 0, 1 and 3 for the first, middle and last.
+    A pixel's code is 4 * row + column, with 0, 1 and 3 for the first, middle and last. On a CPU: its indices lie inside
+    the window whatever is in it.
     """
     k, h, w = x.shape[1:]
-    values, indices = F.max_pool2d(x.contiguous(), 3, 1, 1, return_indices=True)
-    rows = indices // w - torch.arange(h, device=x.device)[:, None] + 1
-    columns = indices % w - torch.arange(w, device=x.device) + 1
-    steps = torch.tensor([0, 1, 3], dtype=torch.uint8, device=x.device)
+    values, indices = F.max_pool2d(x.cpu().contiguous(), 3, 1, 1, return_indices=True)
+    rows = indices // w - torch.arange(h)[:, None] + 1
+    columns = indices % w - torch.arange(w) + 1
+    steps = torch.tensor([0, 1, 3], dtype=torch.uint8)
     codes = 4 * steps[rows] + steps[columns]
-    return tuple(t.permute(0, 2, 3, 1).reshape(-1, k) for t in (values, codes))
+    return tuple(t.permute(0, 2, 3, 1).reshape(-1, k).to(x.device) for t in (values, codes))
 
 
 class Entry:
