@@ -108,7 +108,17 @@ def is_channels_last(t: Tensor) -> bool:
 
 def out_run(shape: tuple[int, ...], channels_last: bool) -> int:
     """Return how many pixels lie side by side from each multiple of it on, 16 at most; 0 where channels do."""
-    return 0 if channels_last else math.gcd(shape[2] * shape[3], 16)
+    return 0 if channels_last else run_of(shape[2] * shape[3])
+
+
+def run_of(*counts: int) -> int:
+    """Return how many elements a run has whose length and distances from others are these, 16 at most.
+
+    Pairs count as single ones: on an H200 with Triton 3.6 the test of 6x5 pixels failed, where 4x4, 6x6 and odd images
+    passed, and why is not known.
+    """
+    run = math.gcd(*counts, 16)
+    return 1 if run == 2 else run
 
 
 def out_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
+from fastinception.kernels.epilogue import run_of
 from fastinception.kernels.operands import number_of, pointer_of
 from fastinception.kernels.replay import Launched
 
@@ -118,7 +119,7 @@ def _launch(
     stride_n, stride_c, stride_h, stride_w = strides
     rows, config = n * height * width, configs.sweep(configs.SPLIT, gpu)
     # As epilogue.out_run, of a gradient with any strides.
-    run = math.gcd(height * width, stride_n, stride_c, 16) if (stride_h, stride_w) == (width, 1) else 0
+    run = run_of(height * width, stride_n, stride_c) if (stride_h, stride_w) == (width, 1) else 0
     block_n = config.block_n // 2 if run == 1 else config.block_n  # an address for each element takes registers
     tiles = (parts(rows, gpu) * configs.tiles(branch.width, block_n) for branch in branches)
     *firsts, end = itertools.accumulate(tiles, initial=0)

@@ -23,7 +23,7 @@ from bench import memory
 from fastinception import FastInception, Inception
 from fastinception.googlenet import WIDTHS
 from fastinception.kernels import block as launches
-from fastinception.kernels import configs, entry, target, weight_gradient
+from fastinception.kernels import configs, entry, epilogue, target, weight_gradient
 
 DEVICE = "cpu" if target.interpreted() else "cuda"
 SMALL = (16, 9, (4, 8), (3, 5), 7)
@@ -296,7 +296,8 @@ def test_what_the_compiler_is_told_holds(monkeypatch, size, format):
             assert (np.diff(data.reshape(-1, n)) == 1).all(), (n, data)
         told[(name, *values)] += 1
 
-    run = math.gcd(math.prod(size), 16)
+    run = epilogue.out_run((16, 1, *size), channels_last=False)
+    assert run == {6: 1, 15: 1, 4: 4, 24: 8, 16: 16}[math.prod(size)]
     monkeypatch.setattr(interpreter.TensorHandle, "set_attr", set_attr)
     tiles = configs.Tiles(32, 32, 16, num_warps=4, num_stages=2)  # a step of one pixel of 16 images
     monkeypatch.setitem(configs.DEFAULTS, "weight_gradient", lambda dtype, chip: tiles)

@@ -218,7 +218,7 @@ def test_a_step_is_two_launches_and_six():
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
             _step(fast, x, grad, list(fast.parameters()))
             torch.cuda.synchronize()
-        return [event.name for event in profile.events() if event.device_type is torch.autograd.DeviceType.CUDA]
+        return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
     ran()
     names = ("entry", "spatial", "split", "data_gradient", "pool_gradient", "entry_gradient", "weight_gradient", "sum")
