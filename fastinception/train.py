@@ -39,10 +39,11 @@ RECIPE: dict[str, Any] = {
     "seed": 0,
     "limit": None,
     "compile": None,
+    "cuda_graph": None,
     "checkpoint_steps": None,
 }
-# With another value the rest of the run would not be that run; the block, the device, the number of processes and
-# torch.compile change roundings only.
+# With another value the rest of the run would not be that run; the block, the device, the number of processes,
+# torch.compile and a CUDA graph change roundings only.
 FIXED = ("amp", "lr", "batch_size", "image_size", "seed", "limit")
 # The network halves its images five times.
 SMALLEST_IMAGE = 32
@@ -78,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--block", choices=tuple(BLOCKS), help="FastInception or the textbook's block (default: fast)")
     compiled = "call the network through torch.compile (default: on a GPU where Triton is installed)"
     add("--compile", action=argparse.BooleanOptionalAction, help=compiled)
+    graphed = "replay a CUDA graph for each step (default: on one GPU, but for fp16, whose scaler waits for each step)"
+    add("--cuda-graph", action=argparse.BooleanOptionalAction, help=graphed)
     add("--amp", choices=tuple(AMP), help="autocast; fp16 with a GradScaler (default: off, that is fp32)")
     add("--epochs", type=integer(1), help="default: 10; more than before to prolong a finished run")
     add("--lr", type=rate, help="SGD's learning rate (default: 0.1)")
@@ -271,7 +274,15 @@ def _train_in(
     compiled = config["compile"]
     if compiled is None:
         compiled = world.device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    run = Trainer(config, world, train, test, compiled=compiled, folder=folder)
+    graphed = config["cuda_graph"]
+    able = world.device.type == "cuda" and world.size == 1 and config["amp"] != "fp16"
+    if graphed and not able:
+        raise TrainingError(
+            "--cuda-graph needs one process on a GPU, and not --amp fp16; this is "
+            f"{world.size} x {world.device.type}, amp {config['amp']}: give --no-cuda-graph"
+        )
+    graphed = able if graphed is None else graphed
+    run = Trainer(config, world, train, test, compiled=compiled, graphed=graphed, folder=folder)
     display = Display(world.rank)
     if state is not None:
         had = state["config"]["data"]
@@ -287,7 +298,8 @@ def _train_in(
             display.curves(run)
         display.say(f"nothing to do: {run.epoch} epochs are finished; prolong the run with --epochs")
         return 0
-    how = {"block": config["block"], "compile": compiled, "device": world.device.type, "processes": world.size}
+    how = {"block": config["block"], "compile": compiled, "cuda_graph": graphed, "device": world.device.type}
+    how |= {"processes": world.size}
     run.sessions.append({"epoch": run.epoch + 1, "step": run.step, **how, **environment(world.device)})
     # No rotation yet: the previous checkpoint may be the one that was resumed from, beside a damaged one.
     run.save(rotate=False)
@@ -297,7 +309,8 @@ def _train_in(
     with _signals(run), display.bar:
         display.say(
             f"GoogLeNet with {config['block']} blocks{', compiled' if compiled else ''}, amp {config['amp']}, "
-            f"{world.size} x {world.device.type}; {len(train.labels)} images from {train.source}; "
+            f"{world.size} x {world.device.type}{', in a CUDA graph' if graphed else ''}; "
+            f"{len(train.labels)} images from {train.source}; "
             f"from epoch {run.epoch + 1}, step {run.step} of {run.steps}"
         )
         if (dtype := AMP[config["amp"]]) is not None and backends.emulated(dtype, world.device):

@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,6 @@ BLOCKS = {"fast": FastInception, "plain": Inception}
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Steps between two looks at a GPU's results: each look waits for all that was launched.
 GPU_POLL = 10
-_NEVER = 2**62
 
 
 class TrainingError(Exception):
@@ -57,6 +57,38 @@ class World(NamedTuple):
         return total
 
 
+class Graphed:
+    """Run a function on a GPU three times as it is, then record it in one CUDA graph, and replay that from then on.
+
+    What the function takes and leaves has to lie in the same tensors at each call, as a graph knows addresses alone; a
+    number that changes between calls has to be in a tensor, too, and nothing may wait for the device.
+    """
+
+    WARMUP = 3  # what libraries choose and allocate at first cannot be recorded
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function, self.calls = function, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        """Do what the function does."""
+        if self.calls < self.WARMUP:
+            self.calls += 1
+            # Not on the default stream, with which what autograd keeps of it would wait in the graph.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.function()
+            torch.cuda.current_stream().wait_stream(side)
+            return
+        if self.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.function()
+            self.graph = graph
+        self.graph.replay()
+
+
 class Trainer:
     """One run: the network, where the run stands, and what it has measured.
 
@@ -70,6 +102,7 @@ class Trainer:
         world: this process; its device holds all images as uint8.
         train, test: the data.
         compiled: call the network through ``torch.compile``. Smaller batches (the last ones) run eagerly.
+        graphed: replay one CUDA graph for each step. Smaller batches are launched as they are.
         folder: where the checkpoints go.
     """
 
@@ -81,6 +114,7 @@ class Trainer:
         test: FashionMNIST,
         *,
         compiled: bool,
+        graphed: bool,
         folder: Path,
     ) -> None:
         self.config, self.world, self.compiled, self.folder = config, world, compiled, folder
@@ -103,7 +137,13 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.sessions: list[dict[str, Any]] = []
         self.signum = 0
-        self._first_bad = torch.tensor(_NEVER, device=world.device)
+        # What steps add to stays in the same tensors, for a graph: this process's sum of losses and number of correct
+        # answers; whether all losses were finite, and in how many steps of the epoch they were.
+        self.sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+        self._finite = torch.ones((), dtype=torch.bool, device=world.device)
+        self._finite_steps = torch.zeros((), dtype=torch.int64, device=world.device)
+        self._indices = torch.zeros(config["batch_size"], dtype=torch.int64, device=world.device)
+        self._graphed = Graphed(self._update_by_indices) if graphed else None
         self._start_epoch(0)
 
     def _start_epoch(self, epoch: int) -> None:
@@ -111,8 +151,8 @@ class Trainer:
         # Not torch.Generator, which keeps 32 bits of its seed: too few for both numbers.
         order = np.random.default_rng([self.config["seed"], epoch]).permutation(len(self.train[1]))
         self.order = torch.from_numpy(order).to(self.world.device)
-        # This process's sum of losses and number of correct answers.
-        self.sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        self.sums.zero_()
+        self._finite_steps.zero_()
         self.step_seconds = self.seconds = 0.0
 
     def state(self) -> dict[str, Any]:
@@ -147,6 +187,7 @@ class Trainer:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.world.device)
         self._start_epoch(state["epoch"])
         self.step, self.order = state["step"], state["order"].to(self.world.device)
+        self._finite_steps.fill_(self.step)
         if self.world.rank == 0:  # the checkpoint holds the sum over the processes
             self.sums += self.sums.new_tensor(state["sums"])
         self.step_seconds, self.seconds = state["step_seconds"], state["seconds"]
@@ -201,19 +242,32 @@ class Trainer:
     def _step(self) -> None:
         first = self.step * self.config["batch_size"]
         batch = self.order[first : first + self.config["batch_size"]]
-        images, labels = _batch(self.train, self.world.share(batch))
+        update: Callable[[], None]
+        if self._graphed is not None and len(batch) == len(self._indices):
+            self._indices.copy_(batch)
+            update = self._graphed
+        else:
+            images, labels = _batch(self.train, self.world.share(batch))
+            update = partial(self._update, images, labels, len(batch))
         start = time.perf_counter()
+        update()
+        self.step += 1
+        self.step_seconds += time.perf_counter() - start
+
+    def _update_by_indices(self) -> None:
+        self._update(*_batch(self.train, self._indices), len(self._indices))
+
+    def _update(self, images: Tensor, labels: Tensor, global_size: int) -> None:
+        """Go one step on this process's part of a batch of ``global_size``; may run in a graph."""
         self.optimizer.zero_grad(set_to_none=True)
         logits = self._forward(self.model, images)
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        self.scaler.scale(loss / len(batch)).backward()
+        self.scaler.scale(loss / global_size).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.step += 1
         self.sums += _sums(loss, logits, labels)
-        bad = torch.where(loss.isfinite(), _NEVER, self.step)
-        self._first_bad = torch.minimum(self._first_bad, bad)
-        self.step_seconds += time.perf_counter() - start
+        self._finite.logical_and_(loss.isfinite())
+        self._finite_steps += self._finite
 
     def _forward(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """Return float32 logits ``[N, 10]``."""
@@ -248,12 +302,12 @@ class Trainer:
 
     def _look(self) -> None:
         """Find out, together with the other processes, whether to stop; waits for the device."""
-        found = torch.stack((self._first_bad, torch.tensor(-self.signum, device=self.world.device)))
+        found = torch.stack((self._finite_steps, torch.tensor(-self.signum, device=self.world.device)))
         if self.world.size > 1:
             dist.all_reduce(found, dist.ReduceOp.MIN)
-        bad, signum = found.tolist()
-        if bad != _NEVER:
-            raise self._not_finite("the training loss", bad)
+        finite_steps, signum = found.tolist()
+        if finite_steps < self.step:
+            raise self._not_finite("the training loss", finite_steps + 1)
         if signum:
             raise Stopped(-signum)
 

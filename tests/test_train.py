@@ -138,6 +138,7 @@ def test_defaults_are_the_textbooks():
         "seed": 0,
         "limit": None,
         "compile": None,
+        "cuda_graph": None,
         "checkpoint_steps": None,
     }
 
