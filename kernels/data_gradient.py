@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
 from fastinception.kernels.epilogue import follow_predecessor
-from fastinception.kernels.operands import number
+from fastinception.kernels.operands import before, number
 from fastinception.kernels.replay import Launched
 from fastinception.kernels.spatial import implicit_gemm, inverses
 
@@ -54,7 +54,9 @@ def _gradient_tile(
     rows = offs_m.to(tl.int64)[:, None]
     mask = mask_m[:, None] & mask_n[None, :]
     if RELU:
-        active = tl.load(active_ptr + rows * O + offs_n[None, :], mask=mask, other=0.0)
+        # Behind the last channel is what is never stored.
+        actives = active_ptr + rows * O + before(offs_n, O, DIVISOR)[None, :]
+        active = tl.load(actives, mask=mask_m[:, None], other=0.0)
         acc = tl.where(active <= 0.0, 0.0, acc)  # NaN passes, as in ATen; what is masked was loaded as 0
         # As they are: of rounded ones, ptxas makes tensor-core instructions wait for each other (sm_90, Triton 3.6).
         tl.store(partials_ptr + row_tile * O + offs_n, tl.sum(acc, axis=0), mask=mask_n)

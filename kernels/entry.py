@@ -18,6 +18,7 @@ from fastinception.kernels.epilogue import (
     out_run,
     out_strides,
     store_result,
+    store_rows,
 )
 from fastinception.kernels.operands import before, choosable, divisible, matrix_of, number
 from fastinception.kernels.replay import Launched
@@ -35,15 +36,10 @@ def _gemm_tile(
     offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_m = offs_m < M
 
-    b_columns = choosable(b_ptrs[0], offs_n, AMD)  # not by matrix_of: of pairs Triton 3.9 sees that they are aligned
     columns = number(widths[0], DIVISOR)
-    for i in tl.static_range(1, len(b_ptrs)):
-        b_columns = tl.where(offs_n < columns, b_columns, choosable(b_ptrs[i], offs_n - columns, AMD))
+    for i in tl.static_range(1, len(widths)):
         columns += number(widths[i], DIVISOR)
-    b_columns = b_columns.to(b_ptrs[0].dtype)
-    mask_n = offs_n < columns
     # One pointer for each column, chosen among the convolutions' weights: no packed copy, no extra launch.
     rows = before(offs_n, columns, DIVISOR)
     w_rows = matrix_of(w_ptrs, widths, rows, K, DIVISOR, AMD) + rows * K
@@ -64,8 +60,16 @@ def _gemm_tile(
             w = tl.load(w_offsets, mask=mask_k[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
-    y = bias_relu(acc, b_columns, 0, mask_n, out_ptr.dtype.element_ty, RELU)
-    rows = offs_m.to(tl.int64)
+    b_columns = choosable(b_ptrs[0], offs_n, AMD)  # not by matrix_of: of pairs Triton 3.9 sees that they are aligned
+    start = number(widths[0], DIVISOR)
+    for i in tl.static_range(1, len(b_ptrs)):
+        b_columns = tl.where(offs_n < start, b_columns, choosable(b_ptrs[i], offs_n - start, AMD))
+        start += number(widths[i], DIVISOR)
+    # Else each thread chooses and loads the biases of all its columns, a fifth of the tile's instructions. The compiler
+    # leaves loads of as many elements as there are threads where they are: hence a second row, which loads nothing.
+    twice = tl.broadcast_to(b_columns.to(b_ptrs[0].dtype)[None, :], (2, BLOCK_N))
+    loaded = (tl.arange(0, 2) == 0)[:, None] & (offs_n < columns)[None, :]
+    y = bias_relu(acc, tl.sum(tl.load(twice, mask=loaded, other=0.0), axis=0), RELU)
     store_result(
         out_ptr, mask_ptr, y, offs_m, M, column_tile * BLOCK_N, number(widths[0], DIVISOR),
         pixels, stride_on, stride_op, stride_oc, stride_mask, 0, 0, SAVE, RUN,
@@ -73,10 +77,7 @@ def _gemm_tile(
     start = number(widths[0], DIVISOR)
     for i in tl.static_range(1, len(w_ptrs)):
         width = number(widths[i], DIVISOR)
-        columns = offs_n - start
-        inside = (columns >= 0) & (columns < width)
-        dense = dense_ptrs[i - 1] + rows[:, None] * width + columns[None, :]
-        tl.store(dense, y, mask=mask_m[:, None] & inside[None, :])
+        store_rows(dense_ptrs[i - 1], y, offs_m, M, column_tile * BLOCK_N - start, width)
         start += width
 
 
@@ -103,13 +104,15 @@ def _maximum_at(a, code_a, b, code_b, ASM: tl.constexpr):
 
 @triton.jit
 def _pool_step(
-    acc, columns, x_ptr, w_rows, pixel, up, down, left, right,
-    pooled_ptr, codes_ptr, middle, inner, mask_saved,
-    K, MASKED: tl.constexpr, PTX: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
+    acc, k, x_ptr, w_rows, pixel, up, down, left, right, pooled_ptr, codes_ptr, middle, inner, mask_saved,
+    K, STEPS: tl.constexpr, PTX: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Add the product over ``columns`` of K to ``acc``; MASKED where some of them lie past its end."""
+    """Add the product over BLOCK_K of K, from k on, to ``acc``; STEPS is from ``_steps``."""
+    MASKED: tl.constexpr = STEPS == "one"
     CODE: tl.constexpr = tl.int32 if MAX_ASM is None else tl.int16  # pairs fit a register, but for operators cost more
-    mask_k = columns < K
+    columns = (tl.minimum(k, K - BLOCK_K) if STEPS == "overlapping" else k) + tl.arange(0, BLOCK_K)
+    mask_k = columns < K if STEPS == "one" else columns >= k
     for tap in tl.static_range(9):
         dh = up if tap // 3 == 0 else (down if tap // 3 == 2 else 0)
         dw = left if tap % 3 == 0 else (right if tap % 3 == 2 else 0)
@@ -132,12 +135,14 @@ def _pool_step(
         )
     if SAVE:
         kept = pixel.to(tl.int64)[:, None] * K + columns[None, :]
-        mask_kept = mask_saved[:, None] & mask_k[None, :] if MASKED else mask_saved[:, None]
+        mask_kept = mask_saved[:, None] if STEPS == "even" else mask_saved[:, None] & mask_k[None, :]
         codes = (codes | middle.to(CODE)[:, None]) & inner.to(CODE)[:, None]
         tl.store(pooled_ptr + kept, pooled, mask=mask_kept)
         tl.store(codes_ptr + kept, codes.to(tl.uint8), mask=mask_kept)
     w_columns = w_rows + columns[None, :]
-    w = tl.load(w_columns, mask=mask_k[None, :], other=0.0) if MASKED else tl.load(w_columns)
+    w = tl.load(w_columns) if STEPS == "even" else tl.load(w_columns, mask=mask_k[None, :], other=0.0)
+    if STEPS == "overlapping":  # infinities times the weights' zeros would be NaN
+        pooled = tl.where(mask_k[None, :], pooled, 0.0)
     return tl.dot(w, tl.trans(pooled.to(w.dtype)), acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
@@ -145,7 +150,7 @@ def _pool_step(
 def _pool_tile(
     row_tile, column_tile, x_ptr, w_ptr, b_ptr, out_ptr, mask_ptr, pooled_ptr, codes_ptr,
     width, column, mask_column, M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
-    DIVISOR: tl.constexpr, EVEN_K: tl.constexpr,
+    DIVISOR: tl.constexpr, STEPS: tl.constexpr,
     PTX: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr,
     RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +162,6 @@ def _pool_tile(
     """
     offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
     mask_n = offs_n < width
     pixel = tl.minimum(offs_m, M - 1)
     h = (pixel // W) % H
@@ -170,22 +174,16 @@ def _pool_tile(
     # The product is transposed, [BLOCK_N, BLOCK_M]: sm_90 takes pooled from shared memory as the right operand.
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
     w_rows = w_ptr + (before(offs_n, width, DIVISOR) * K)[:, None]
-    end = K if EVEN_K else K - BLOCK_K + 1
     middle = tl.where(h == 0, 4, 0) | tl.where(w == 0, 1, 0)
     inner = tl.where(h == H - 1, 7, 15) & tl.where(w == W - 1, 13, 15)
     mask_saved = offs_m < tl.where(column_tile == 0, M, 0)
-    for k in tl.range(0, end, BLOCK_K, num_stages=1):  # nine loads a step: pipelined, they take 96 KB
+    for k in tl.range(0, K, BLOCK_K, num_stages=1):  # nine loads a step: pipelined, they take 96 KB
         acc = _pool_step(
-            acc, k + offs_k, x_ptr, w_rows, pixel, up, down, left, right,
-            pooled_ptr, codes_ptr, middle, inner, mask_saved, K, False, PTX, MAX_ASM, PRECISION, SAVE,
-        )  # fmt: skip
-    if not EVEN_K:  # a step of its own: nine masked loads make the loop half as long again
-        acc = _pool_step(
-            acc, K // BLOCK_K * BLOCK_K + offs_k, x_ptr, w_rows, pixel, up, down, left, right,
-            pooled_ptr, codes_ptr, middle, inner, mask_saved, K, True, PTX, MAX_ASM, PRECISION, SAVE,
+            acc, k, x_ptr, w_rows, pixel, up, down, left, right, pooled_ptr, codes_ptr, middle, inner, mask_saved,
+            K, STEPS, PTX, MAX_ASM, PRECISION, SAVE, BLOCK_K,
         )  # fmt: skip
 
-    y = bias_relu(tl.trans(acc), b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty, RELU)
+    y = bias_relu(tl.trans(acc), tl.load(b_ptr + offs_n, mask=mask_n, other=0.0), RELU)
     store_result(
         out_ptr, mask_ptr, y, offs_m, M, column_tile * BLOCK_N, width,
         H * W, stride_on, stride_op, stride_oc, stride_mask, column, mask_column, SAVE, RUN,
@@ -199,7 +197,7 @@ def _entry_kernel(
     x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, pool_w_ptr, pool_b_ptr, mask_ptr, pooled_ptr, codes_ptr,
     widths, pool_width, pool_column, pool_mask_column,
     M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
-    PART: tl.constexpr, DIVISOR: tl.constexpr, EVEN_K: tl.constexpr, POOL_EVEN_K: tl.constexpr, ALIGNED: tl.constexpr,
+    PART: tl.constexpr, DIVISOR: tl.constexpr, EVEN_K: tl.constexpr, POOL_STEPS: tl.constexpr, ALIGNED: tl.constexpr,
     AMD: tl.constexpr, PTX: tl.constexpr, MAX_ASM: tl.constexpr,
     PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr, INTERLEAVED: tl.constexpr,
     PDL: tl.constexpr,
@@ -241,7 +239,7 @@ def _entry_kernel(
             x_ptr, pool_w_ptr, pool_b_ptr, out_ptr, mask_ptr, pooled_ptr, codes_ptr,
             divisible(pool_width, DIVISOR), divisible(pool_column, DIVISOR), pool_mask_column,
             M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
-            DIVISOR, POOL_EVEN_K, PTX, MAX_ASM, PRECISION, SAVE, RELU, RUN, POOL_M, POOL_N, POOL_K,
+            DIVISOR, POOL_STEPS, PTX, MAX_ASM, PRECISION, SAVE, RELU, RUN, POOL_M, POOL_N, POOL_K,
         )  # fmt: skip
 
 
@@ -298,6 +296,16 @@ def entry(
         )  # fmt: skip
 
 
+def _steps(channels: int, depth: int) -> str:
+    """Return how steps of ``depth`` go over the channels: all whole; the last begins before its own; one is too many.
+
+    A last step with masks would be a second copy of the loop's nine loads, with registers of its own.
+    """
+    if channels % depth == 0:
+        return "even"
+    return "overlapping" if channels > depth else "one"
+
+
 @configs.cached
 def _launch(
     shape: torch.Size,
@@ -322,20 +330,22 @@ def _launch(
     kernel = "entry_train" if save else "entry"
     tiles = tiles or configs.choose(kernel, rows, channels, sum(widths), dtype, gpu)
     pool_m, pool_n, pool_k = tiles.pool
+    if gpu.runs_ptx and channels % pool_k and pool_k * dtype.itemsize > 64:
+        pool_k //= 2  # an incomplete step takes registers of its own, which half as many channels leave
     # Not below 64, the least that a Hopper tensor-core instruction takes: the product is transposed.
     pool_n = configs.narrow(pool_n, max(pool_width, 64))
     gemm_tiles = 0 if part == "pool" else configs.tiles(sum(widths), tiles.block_n)
     pool_tiles = 0 if part == "gemm" else tiles.block_m // pool_m * configs.tiles(pool_width, pool_n)
     out_shape = n, out_channels, height, width
-    strides = out_strides(out_shape, channels_last)
+    strides, run = out_strides(out_shape, channels_last), out_run(out_shape, channels_last)
     return configs.launch(
         configs.tiles(rows, tiles.block_m) * (gemm_tiles + pool_tiles),
         (widths, pool_width, *pool_columns, rows, channels, height, width, *strides, mask_bytes),
         PART=part, DIVISOR=math.gcd(8, *widths, pool_width, pool_columns[0]),
-        EVEN_K=channels % tiles.block_k == 0, POOL_EVEN_K=channels % pool_k == 0,
+        EVEN_K=channels % tiles.block_k == 0, POOL_STEPS=_steps(channels, pool_k),
         ALIGNED=aligned and channels * dtype.itemsize % 16 == 0,
         AMD=gpu.is_amd, PTX=gpu.runs_ptx, MAX_ASM=target.max_asm(gpu, dtype, with_codes=save), PRECISION=precision,
-        SAVE=save, RELU=relu, RUN=out_run(out_shape, channels_last), INTERLEAVED=tiles.interleaved,
+        SAVE=save, RELU=target.relu_asm(gpu, dtype) if relu else None, RUN=run, INTERLEAVED=tiles.interleaved,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-        POOL_M=pool_m, POOL_N=pool_n, POOL_K=pool_k, **tiles.options(gpu),
+        POOL_M=pool_m, POOL_N=pool_n, POOL_K=pool_k, **tiles.options(gpu, run),
     )  # fmt: skip

@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Columns from which on a tile is stored by halves: a row's address then serves both, and half as many are live.
+WIDE = tl.constexpr(128)
+
 
 @triton.jit
 def follow_predecessor(PDL: tl.constexpr):
@@ -20,11 +23,19 @@ def follow_predecessor(PDL: tl.constexpr):
 
 
 @triton.jit
-def bias_relu(acc, b_ptr, offs_n, mask_n, dtype: tl.constexpr, RELU: tl.constexpr):
-    """Return ``relu(round(acc + bias))``, without RELU the sum. NaN passes as in ATen: for it ``y <= 0`` is false."""
-    bias = tl.load(b_ptr + offs_n, mask=mask_n, other=0.0)
-    y = (acc + bias[None, :].to(acc.dtype)).to(dtype)
-    return tl.where(y <= 0.0, 0.0, y) if RELU else y
+def bias_relu(acc, bias, RELU: tl.constexpr):
+    """Return ``relu(round(acc + bias))`` in the bias's dtype, with None for RELU the sum. NaN passes as in ATen.
+
+    RELU is from ``target.relu_asm``: PTX that clamps and rounds a pair of sums, or "", by operators.
+    """
+    y = acc + bias[None, :].to(acc.dtype)
+    if RELU is None:
+        return y.to(bias.dtype)
+    elif RELU == "":
+        y = y.to(bias.dtype)
+        return tl.where(y <= 0.0, 0.0, y)  # false for NaN
+    else:
+        return tl.inline_asm_elementwise(RELU, "=r,f,f", [y], dtype=bias.dtype, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -33,6 +44,28 @@ def store_result(
     column, mask_column, SAVE: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Store a tile of a branch as ``store_out`` does, and with SAVE its packed ReLU mask from ``mask_column`` on."""
+    if RUN == 0 and y.shape[1] >= WIDE:
+        left, right = halves(y)
+        _store_both(
+            out_ptr, mask_ptr, left, offs_m, M, first, columns,
+            pixels, stride_on, stride_op, stride_oc, stride_mask, column, mask_column, SAVE, RUN,
+        )  # fmt: skip
+        _store_both(
+            out_ptr, mask_ptr, right, offs_m, M, first + left.shape[1], columns,
+            pixels, stride_on, stride_op, stride_oc, stride_mask, column, mask_column, SAVE, RUN,
+        )  # fmt: skip
+    else:
+        _store_both(
+            out_ptr, mask_ptr, y, offs_m, M, first, columns,
+            pixels, stride_on, stride_op, stride_oc, stride_mask, column, mask_column, SAVE, RUN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_both(
+    out_ptr, mask_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, stride_mask,
+    column, mask_column, SAVE: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
     # In NCHW the mask first: the output's many addresses and what both are made of would not fit the registers.
     if SAVE and RUN > 0:
         _store_active(mask_ptr + mask_column, y, offs_m, M, first, columns, stride_mask)
@@ -42,17 +75,27 @@ def store_result(
 
 
 @triton.jit
+def halves(y):
+    """Return the first and the second half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(y, (y.shape[0], 2, y.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def _store_active(mask_ptr, y, offs_m, M, first, columns, stride_mask):
     """Store one bit an element, set where ReLU passes the gradient: channel ``8*b + i`` is bit ``i`` of byte ``b``."""
     BLOCK_M: tl.constexpr = y.shape[0]
     BLOCK_N: tl.constexpr = y.shape[1]
     offs_n = first + tl.arange(0, BLOCK_N)
     active = ((y <= 0.0) == 0) & (offs_n < columns)[None, :]  # [BLOCK_M, BLOCK_N]
-    bits = tl.reshape(active.to(tl.int32), (BLOCK_M, BLOCK_N // 8, 8)) << tl.arange(0, 8)[None, None, :]
-    offs_b = tl.min(tl.reshape(offs_n, (BLOCK_N // 8, 8)), axis=1) // 8  # [BLOCK_N // 8]
+    # Two at a time, which a thread has: the sum of eight would be gathered from several threads, or moved to one first.
+    bits = active.to(tl.int32)
+    for i in tl.static_range(3):
+        low, high = tl.split(tl.reshape(bits, (BLOCK_M, BLOCK_N // (2 << i), 2)))
+        bits = low | (high << (1 << i))
+    offs_b = first // 8 + tl.arange(0, BLOCK_N // 8)
     tl.store(
         mask_ptr + offs_m.to(tl.int64)[:, None] * stride_mask + offs_b[None, :],
-        tl.sum(bits, axis=2).to(tl.uint8),
+        bits.to(tl.uint8),
         mask=(offs_m < M)[:, None] & (offs_b * 8 < columns)[None, :],
     )
 
@@ -66,16 +109,34 @@ def store_out(
 
     They are the output's from ``column`` on. RUN is from ``out_run``.
     """
-    HALF: tl.constexpr = y.shape[1] // 2
     if RUN == 1:  # an address for each element: with ADD, those of all at once do not fit the registers
-        left, right = tl.split(tl.permute(tl.reshape(y, (y.shape[0], 2, HALF)), (0, 2, 1)))
+        left, right = halves(y)
         _store_part(out_ptr, left, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, column, RUN, ADD)
         _store_part(
-            out_ptr, right, offs_m, M, first + HALF, columns,
+            out_ptr, right, offs_m, M, first + left.shape[1], columns,
             pixels, stride_on, stride_op, stride_oc, column, RUN, ADD,
         )  # fmt: skip
     else:
         _store_part(out_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, column, RUN, ADD)
+
+
+@triton.jit
+def store_rows(out_ptr, y, offs_m, M, first, columns):
+    """Store ``y`` into the matrix ``[M, columns]`` from its column ``first`` on, which may lie in front of it."""
+    if y.shape[1] >= WIDE:
+        left, right = halves(y)
+        _store_rows(out_ptr, left, offs_m, M, first, columns)
+        _store_rows(out_ptr, right, offs_m, M, first + left.shape[1], columns)
+    else:
+        _store_rows(out_ptr, y, offs_m, M, first, columns)
+
+
+@triton.jit
+def _store_rows(out_ptr, y, offs_m, M, first, columns):
+    offs_n = first + tl.arange(0, y.shape[1])
+    inside = (offs_n >= 0) & (offs_n < columns)
+    out = out_ptr + offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
+    tl.store(out, y, mask=(offs_m < M)[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -85,10 +146,13 @@ def _store_part(
 ):  # fmt: skip
     offs_n = first + tl.arange(0, y.shape[1])
     mask_m = offs_m < M
-    # Divided in int32: in int64 each division is the call of a subroutine.
-    rows = (offs_m // pixels).to(tl.int64) * stride_on + (offs_m % pixels).to(tl.int64) * stride_op
-    channels = (column + offs_n).to(tl.int64) * stride_oc
-    if RUN > 0:
+    if RUN == 0:  # images follow one another as pixels do
+        rows = offs_m.to(tl.int64) * stride_op
+        channels = (column + offs_n).to(tl.int64)
+    else:
+        # Divided in int32: in int64 each division is the call of a subroutine.
+        rows = (offs_m // pixels).to(tl.int64) * stride_on + (offs_m % pixels).to(tl.int64) * stride_op
+        channels = (column + offs_n).to(tl.int64) * stride_oc
         # What is contiguous decides along what the lanes lie, and how wide accesses are, as far as it is aligned, too.
         # Odd images align nothing: there 2 makes nothing wider, and without it Triton 3.9 lays lanes along channels.
         rows = tl.multiple_of(tl.max_contiguous(rows, max(RUN, 2)), RUN)

@@ -42,7 +42,7 @@ def _finish_tile(
     rows = offs_m.to(tl.int64)
     y = tl.load(y_ptr + rows[:, None] * O + offs_n[None, :], mask=mask_m[:, None] & mask_n[None, :], other=0.0)
     y = y.to(tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32)
-    y = bias_relu(y, b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty, RELU)
+    y = bias_relu(y, tl.load(b_ptr + offs_n, mask=mask_n, other=0.0), RELU)
     store_result(
         out_ptr, mask_ptr, y, offs_m, M, first, O,
         pixels, stride_on, stride_op, stride_oc, stride_mask, COLUMN, MASK_COLUMN, SAVE, RUN,
@@ -90,10 +90,12 @@ def library(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, relu: bool,
         programs += configs.tiles(n * pixels, tiles.block_m) * configs.tiles(channels, block_n)
     strides, mask_bytes = out_strides(out.shape, is_channels_last(out)), 0 if mask is None else mask.shape[1]
     run = out_run(out.shape, is_channels_last(out))
+    gpu = target.gpu(out.device)
     launch = configs.launch(
         programs, (n * pixels, pixels, *strides, mask_bytes),
-        LEVEL=tuple(level), SAVE=mask is not None, RELU=relu, RUN=run, BLOCK_M=tiles.block_m,
-        **tiles.options(target.gpu(out.device)),
+        LEVEL=tuple(level), SAVE=mask is not None, RELU=target.relu_asm(gpu, out.dtype) if relu else None,
+        RUN=run, BLOCK_M=tiles.block_m,
+        **tiles.options(gpu),
     )  # fmt: skip
     with target.device_of(out):
         replay.launch(_library_kernel, launch, tuple(results), tuple(conv.bias for conv in convs), out, mask)

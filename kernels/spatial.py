@@ -127,7 +127,7 @@ def _conv_tile(
         KH, KW, DIVISOR, False, PRECISION, BLOCK_K,
     )  # fmt: skip
 
-    y = bias_relu(acc, b_ptr, offs_n, mask_n, out_ptr.dtype.element_ty, RELU)
+    y = bias_relu(acc, tl.load(b_ptr + offs_n, mask=mask_n, other=0.0), RELU)
     store_result(
         out_ptr, mask_ptr, y, offs_m, M, first, O,
         out_pixels, stride_on, stride_op, stride_oc, stride_mask, column, mask_column, SAVE, RUN,
@@ -253,10 +253,11 @@ def _launch(
         sizes.append((in_channels, out_channels, *inverses(in_channels, kernel_h, kernel_w), column, mask_column))
         programs += configs.tiles(rows, block_m) * configs.tiles(out_channels, block_n)
     lists = zip(*sizes, strict=True)
-    strides = out_strides(out_shape, channels_last)
+    strides, run = out_strides(out_shape, channels_last), out_run(out_shape, channels_last)
     launch = configs.launch(
         programs, (*lists, rows, *size, out_height, out_width, *strides, mask_bytes),
-        LEVEL=tuple(tuple(geometry) for geometry in level), PRECISION=precision, SAVE=mask_bytes > 0, RELU=relu,
-        RUN=out_run(out_shape, channels_last), BLOCK_K=tiles.block_k, **tiles.options(gpu),
+        LEVEL=tuple(tuple(geometry) for geometry in level), PRECISION=precision, SAVE=mask_bytes > 0,
+        RELU=target.relu_asm(gpu, dtype) if relu else None,
+        RUN=run, BLOCK_K=tiles.block_k, **tiles.options(gpu, run),
     )  # fmt: skip
     return launch, tiles

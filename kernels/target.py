@@ -26,6 +26,12 @@ ARGMAX_ASM = {
     for dtype, pair in ((torch.bfloat16, "bf16x2"), (torch.float16, "f16x2"))
 }
 
+# $0 = a pair of $1 and $2, rounded, what is negative replaced by 0; NaN stays NaN.
+RELU_ASM = {
+    torch.bfloat16: "cvt.rn.relu.bf16x2.f32 $0, $2, $1;",
+    torch.float16: "cvt.rn.relu.f16x2.f32 $0, $2, $1;",
+}
+
 
 def interpreted() -> bool:
     """Tell whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
@@ -134,6 +140,15 @@ def max_asm(gpu: Gpu, dtype: torch.dtype, *, with_codes: bool) -> str | None:
     if not gpu.runs_ptx or int(gpu.chip[3:]) < least:
         return None
     return (ARGMAX_ASM if with_codes else MAX_ASM).get(dtype)
+
+
+@functools.cache
+def relu_asm(gpu: Gpu, dtype: torch.dtype) -> str:
+    """Return PTX that rounds two float32 to a pair of ``dtype`` behind a ReLU, or "" where there is none.
+
+    Triton's operators take seven instructions for a pair, this takes one (PTX ISA: ``cvt.relu`` sm_80).
+    """
+    return RELU_ASM.get(dtype, "") if gpu.runs_ptx and int(gpu.chip[3:]) >= 80 else ""
 
 
 def device_of(x: torch.Tensor) -> AbstractContextManager[None]:

@@ -71,12 +71,12 @@ def test_the_fastest_of_each_step_is_taken(make):
     def cost(key: tune.Key, tiles: configs.Tiles) -> float:
         if key == SPATIAL:
             return 10 - 5 * tiles.library - 2 * (tiles.block_m == 32)
-        parts = (tiles.block_n, tiles.num_warps) == (256, 16), tiles.pool == (32, 64, 64), not tiles.interleaved
+        parts = (tiles.block_n, tiles.num_warps) == (256, 16), tiles.pool == (32, 128, 64), not tiles.interleaved
         return 10 - 3 * parts[0] - 2 * parts[1] - parts[2]
 
     found = tiles_of(make(cost).tune(UNIT, None))
     assert [found["entry"][name] for name in ("block_m", "block_n", "num_stages", "num_warps")] == [128, 256, 3, 16]
-    assert found["entry"]["pool"] == (32, 64, 64)
+    assert found["entry"]["pool"] == (32, 128, 64)
     assert found["entry"]["interleaved"] is False
     assert (found["spatial"]["library"], found["spatial"]["block_m"]) == (True, 32)
     assert not found["entry"]["launch_pdl"]
