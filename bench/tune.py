@@ -43,10 +43,9 @@ except ModuleNotFoundError as missing:
 
 # Batch and image size, the most important first.
 SHAPES = ((128, 96), (256, 224), (1, 224), (32, 224))
-# Sizes for two-byte types: block_m, block_n, block_k, num_warps, num_stages; all with as many registers as they take
+# Sizes for two-byte types: block_m, block_n, block_k, num_warps, num_stages.
 PRODUCTS = (
-    (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (256, 128, 64, 8, 4), (256, 128, 64, 16, 4),
-    (128, 256, 64, 8, 3), (128, 256, 64, 16, 3),
+    (128, 128, 64, 8, 4), (256, 128, 64, 8, 4), (256, 128, 64, 16, 4), (128, 256, 64, 8, 3), (128, 256, 64, 16, 3),
     (128, 64, 64, 4, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), (64, 32, 64, 4, 5),
 )  # fmt: skip
 POOLS = ((64, 128, 32), (32, 128, 64), (128, 128, 32), (64, 64, 64), (16, 64, 128))
@@ -69,10 +68,7 @@ def variations(kernel: str, dtype: torch.dtype) -> list[list[dict[str, Any]]]:
     """Return what to change in the tiles of a kernel, in steps: each changes the best of the steps before."""
     names = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
     depth = 2 / dtype.itemsize  # rows of as many bytes
-    products: list[dict[str, Any]] = [
-        dict(zip(names, (m, n, int(k * depth), w, s), strict=True)) | {"max_registers": None}
-        for m, n, k, w, s in PRODUCTS
-    ]
+    products = [dict(zip(names, (m, n, int(k * depth), w, s), strict=True)) for m, n, k, w, s in PRODUCTS]
     if kernel in ("entry", "entry_train"):
         return [products, [{"pool": (m, n, int(k * depth))} for m, n, k in POOLS], [{"interleaved": False}]]
     if kernel in ("spatial", "spatial_train"):

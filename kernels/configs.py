@@ -28,8 +28,7 @@ class Tiles:
     """Size of the tile that one program computes, and how a kernel is compiled and launched.
 
     ``block_m`` counts pixels, ``block_n`` output channels, ``block_k`` one step of the reduction. ``launch_pdl``:
-    start while the previous kernel ends (programmatic dependent launch), where the chip can. ``max_registers``: of a
-    thread, on NVIDIA; with 128 two programs of 8 warps run on an SM, and one computes while the other waits.
+    start while the previous kernel ends (programmatic dependent launch), where the chip can.
 
     Entry alone: ``pool`` is the tile of the pooled branch, in the same order, which shares ``num_warps``;
     ``interleaved`` puts the tiles of both parts side by side for each block of rows, else all of the GEMM's come first.
@@ -47,7 +46,6 @@ class Tiles:
     interleaved: bool = True
     library: bool = False
     launch_pdl: bool = False
-    max_registers: int | None = None
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in ("block_m", "block_n", "block_k")}
@@ -63,18 +61,10 @@ class Tiles:
         for name in ("interleaved", "library", "launch_pdl"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        most = self.max_registers
-        if most is not None and (type(most) is not int or not 24 <= most <= 255):
-            raise ValueError(f"max_registers must be None or 24 to 255, got {most!r}")
 
-    def options(self, gpu: Gpu, run: int = 0) -> dict[str, Any]:
-        """Return the keywords of a launch on ``gpu`` that say how it is compiled; ``PDL`` is the kernel's own.
-
-        ``run``: of the output, from ``epilogue.out_run``; in NCHW its addresses take more than ``max_registers``.
-        """
+    def options(self, gpu: Gpu) -> dict[str, Any]:
+        """Return the keywords of a launch on ``gpu`` that say how it is compiled; ``PDL`` is the kernel's own."""
         options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if self.max_registers is not None and gpu.runs_ptx and not run:
-            options["maxnreg"] = self.max_registers
         if self.launch_pdl and gpu.runs_pdl:
             return options | {"PDL": True, "launch_pdl": True}  # not every backend knows the latter
         return options | {"PDL": False}
@@ -92,9 +82,7 @@ def _stages(chip: str) -> int:
 
 
 def _level(dtype: torch.dtype, chip: str) -> Tiles:
-    # Elsewhere shared memory has no room for a second program, or its registers not for float32's wider operands.
-    most = 128 if chip == "sm_90" and dtype.itemsize == 2 else None
-    return Tiles(128, 128, _block_k(dtype, chip), num_warps=8, num_stages=_stages(chip), max_registers=most)
+    return Tiles(128, 128, _block_k(dtype, chip), num_warps=8, num_stages=_stages(chip))
 
 
 def _entry(dtype: torch.dtype, chip: str) -> Tiles:
@@ -265,8 +253,7 @@ def _smaller(large: Tiles) -> Iterator[Tiles]:
         # As many bytes on their way beside the step in use, to hide latency; the pool, unpipelined, gets longer steps.
         stages = 1 + (large.num_stages - 1) * (large.block_m + large.block_n) // (block_m + block_n)
         pool = large.pool and (pool_m, large.pool[1], max(16, large.pool[0] * large.pool[2] // (2 * pool_m)))
-        sizes = {"block_m": block_m, "block_n": block_n, "num_warps": 4, "num_stages": stages, "pool": pool}
-        yield replace(large, **sizes, max_registers=None)
+        yield replace(large, block_m=block_m, block_n=block_n, num_warps=4, num_stages=stages, pool=pool)
 
 
 def narrow(size: int, channels: int) -> int:

@@ -337,7 +337,7 @@ def _launch(
     gemm_tiles = 0 if part == "pool" else configs.tiles(sum(widths), tiles.block_n)
     pool_tiles = 0 if part == "gemm" else tiles.block_m // pool_m * configs.tiles(pool_width, pool_n)
     out_shape = n, out_channels, height, width
-    strides, run = out_strides(out_shape, channels_last), out_run(out_shape, channels_last)
+    strides = out_strides(out_shape, channels_last)
     return configs.launch(
         configs.tiles(rows, tiles.block_m) * (gemm_tiles + pool_tiles),
         (widths, pool_width, *pool_columns, rows, channels, height, width, *strides, mask_bytes),
@@ -345,7 +345,8 @@ def _launch(
         EVEN_K=channels % tiles.block_k == 0, POOL_STEPS=_steps(channels, pool_k),
         ALIGNED=aligned and channels * dtype.itemsize % 16 == 0,
         AMD=gpu.is_amd, PTX=gpu.runs_ptx, MAX_ASM=target.max_asm(gpu, dtype, with_codes=save), PRECISION=precision,
-        SAVE=save, RELU=target.relu_asm(gpu, dtype) if relu else None, RUN=run, INTERLEAVED=tiles.interleaved,
+        SAVE=save, RELU=target.relu_asm(gpu, dtype) if relu else None, RUN=out_run(out_shape, channels_last),
+        INTERLEAVED=tiles.interleaved,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-        POOL_M=pool_m, POOL_N=pool_n, POOL_K=pool_k, **tiles.options(gpu, run),
+        POOL_M=pool_m, POOL_N=pool_n, POOL_K=pool_k, **tiles.options(gpu),
     )  # fmt: skip

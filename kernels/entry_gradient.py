@@ -151,12 +151,11 @@ def _entry_launch(
     rows, columns = n * height * width, sum(widths)
     tiles = tiles or configs.choose("entry_gradient", rows, columns, channels, dtype, gpu)
     programs = configs.tiles(rows, tiles.block_m) * configs.tiles(channels, tiles.block_n)
-    strides, run = out_strides(shape, channels_last), out_run(shape, channels_last)
-    sizes = (widths, rows, channels, columns, height * width, *strides)
+    sizes = (widths, rows, channels, columns, height * width, *out_strides(shape, channels_last))
     return configs.launch(
         programs, sizes,
         DIVISOR=math.gcd(8, *widths), EVEN_COLUMNS=columns % tiles.block_k == 0,
         ALIGNED=aligned and channels * dtype.itemsize % 16 == 0,
-        PRECISION=precision, AMD=gpu.is_amd, RUN=run,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, **tiles.options(gpu, run),
+        PRECISION=precision, AMD=gpu.is_amd, RUN=out_run(shape, channels_last),
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, **tiles.options(gpu),
     )  # fmt: skip

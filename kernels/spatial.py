@@ -253,11 +253,11 @@ def _launch(
         sizes.append((in_channels, out_channels, *inverses(in_channels, kernel_h, kernel_w), column, mask_column))
         programs += configs.tiles(rows, block_m) * configs.tiles(out_channels, block_n)
     lists = zip(*sizes, strict=True)
-    strides, run = out_strides(out_shape, channels_last), out_run(out_shape, channels_last)
+    strides = out_strides(out_shape, channels_last)
     launch = configs.launch(
         programs, (*lists, rows, *size, out_height, out_width, *strides, mask_bytes),
         LEVEL=tuple(tuple(geometry) for geometry in level), PRECISION=precision, SAVE=mask_bytes > 0,
         RELU=target.relu_asm(gpu, dtype) if relu else None,
-        RUN=run, BLOCK_K=tiles.block_k, **tiles.options(gpu, run),
+        RUN=out_run(out_shape, channels_last), BLOCK_K=tiles.block_k, **tiles.options(gpu),
     )  # fmt: skip
     return launch, tiles

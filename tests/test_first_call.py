@@ -273,11 +273,11 @@ def test_a_tuners_candidates_are_compiled_together_before_they_are_measured(foun
         return steps
 
     steps = counts(found["tuned"])
-    # The entry's tiles, its pool and its order; the spatial level's by the library. Triton's first is the default.
-    assert [candidates for candidates, _, _ in steps] == [3, 4, 1, 3]
-    assert [together for _, together, _ in steps] == [3, 2, 1, 3]  # two pool's tiles are the default's, for 16 channels
+    # The entry's tiles, its pool and its order; the spatial level's: three of the library's, and one of Triton's.
+    assert [candidates for candidates, _, _ in steps] == [3, 4, 1, 4]
+    assert [together for _, together, _ in steps] == [3, 2, 1, 4]  # two pools' tiles are the default's, for 16 channels
     assert [behind for _, _, behind in steps] == [0, 0, 1, 2]  # one candidate alone; at the end, both launched early
     # Where compiling ended the program before, each when it is measured.
     alone = counts(found["tuned alone"])
-    assert [(together, behind) for _, together, behind in alone] == [(1, 3), (1, 2), (1, 1), (2, 5)]
+    assert [(together, behind) for _, together, behind in alone] == [(1, 3), (1, 2), (1, 1), (2, 6)]
     assert found["tuned, dropped"] == found["tuned alone, dropped"] == []

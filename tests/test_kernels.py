@@ -576,6 +576,19 @@ def test_every_element_is_written_exactly_once(monkeypatch, shape, out_format, e
 
 
 @needs_interpreter
+@pytest.mark.parametrize("channels", [60, 64, 72])
+def test_channels_that_two_steps_of_the_pool_share_count_once(channels):
+    """Steps of 64 channels: the second of 72 begins at the eighth. An infinity among them is no NaN."""
+    x = normal(2, channels, 3, 4)
+    x[0, 20, 1, 1] = torch.inf
+    made = Entry(x)
+    for found, want in zip(made.results(), made.expected(torch.float64), strict=True):
+        assert not found.isnan().any()
+        torch.testing.assert_close(found.double(), want, rtol=1e-3, atol=1e-3)
+    made.memory.assert_untouched()
+
+
+@needs_interpreter
 def test_each_program_computes_one_tile(monkeypatch):
     """A list of convolutions with several row and column tiles each; no program idles or does another's work."""
     written: dict[int, list[bool]] = {}
@@ -763,6 +776,23 @@ def test_addresses_beyond_two_to_the_31_elements_in_the_backward(monkeypatch, ke
         weight_gradient_module.weight_gradient((product,), [rows], [images], shape, division, partials)
         operands += [partials]
     notes.assert_inside(*operands, first=0 if n == 128 else 2**31)  # each image's pixel
+
+
+@needs_interpreter
+def test_the_last_tile_of_data_gradients_reads_nothing_behind_its_pixels(monkeypatch):
+    n, c, height, width = 5, 16, 3, 3
+    pixels, tiles = n * height * width, configs.Tiles(32, 32, 16, num_warps=4, num_stages=2)
+    gpu, notes = target.gpu(torch.device("cpu")), Notes(monkeypatch)
+    notes.once(data_gradient_module, "_data_gradient_kernel")
+    weight = torch.zeros(c, c, 3, 3, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    active = torch.zeros(n, c, height, width, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    rows, out = (torch.zeros(pixels, c, dtype=torch.float16) for _ in range(2))
+    partials = torch.empty(data_gradient_module.parts(pixels, c, tiles, gpu) * c)
+    gradient = data_gradient_module.Gradient(weight.shape, relu=True, stride=c)
+    data_gradient_module.data_gradient(
+        (gradient,), [rows], [weight], [active], [out], (n, height, width), partials, tiles
+    )
+    notes.assert_inside(rows, weight, active, out, partials)
 
 
 class Operators(TorchDispatchMode):

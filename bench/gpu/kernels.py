@@ -176,7 +176,7 @@ def _decide(shape: Shape, context: Context) -> list[Row]:
     block = Block(shape, context)
     # The default has tiles of 128x128: measured twice, which shows the noise.
     entry, spatial = block.tiles("entry", tuned=False), block.tiles("spatial", tuned=False)
-    wide = {"block_m": 256, "num_warps": 8, "num_stages": 4, "max_registers": None}
+    wide = {"block_m": 256, "num_warps": 8, "num_stages": 4}
     wide_entry = replace(entry, **wide, pool=(64, 64, 32))  # beside the pool's default tile it spills
 
     def apart() -> None:
