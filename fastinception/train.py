@@ -298,9 +298,9 @@ def _train_in(
             display.curves(run)
         display.say(f"nothing to do: {run.epoch} epochs are finished; prolong the run with --epochs")
         return 0
-    how = {"block": config["block"], "compile": compiled, "cuda_graph": graphed, "device": world.device.type}
-    how |= {"processes": world.size}
-    run.sessions.append({"epoch": run.epoch + 1, "step": run.step, **how, **environment(world.device)})
+    how = {"block": config["block"], "compile": compiled, "cuda_graph": graphed}
+    where = {"device": world.device.type, "processes": world.size, **environment(world.device)}
+    run.sessions.append({"epoch": run.epoch + 1, "step": run.step, **how, **where})
     # No rotation yet: the previous checkpoint may be the one that was resumed from, beside a damaged one.
     run.save(rotate=False)
     if world.rank == 0:

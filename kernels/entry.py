@@ -330,10 +330,14 @@ def _launch(
     kernel = "entry_train" if save else "entry"
     tiles = tiles or configs.choose(kernel, rows, channels, sum(widths), dtype, gpu)
     pool_m, pool_n, pool_k = tiles.pool
-    if gpu.runs_ptx and channels % pool_k and pool_k * dtype.itemsize > 64:
-        pool_k //= 2  # an incomplete step takes registers of its own, which half as many channels leave
     # Not below 64, the least that a Hopper tensor-core instruction takes: the product is transposed.
     pool_n = configs.narrow(pool_n, max(pool_width, 64))
+    if gpu.runs_ptx and channels % pool_k and pool_k * dtype.itemsize > 64:
+        # An incomplete step takes registers of its own, which half as many channels leave. The codes want as many
+        # elements in a step again: pixels, where the product has room for them.
+        pool_k //= 2
+        if save and pool_n == 64 and pool_m < tiles.block_m:
+            pool_m *= 2
     gemm_tiles = 0 if part == "pool" else configs.tiles(sum(widths), tiles.block_n)
     pool_tiles = 0 if part == "gemm" else tiles.block_m // pool_m * configs.tiles(pool_width, pool_n)
     out_shape = n, out_channels, height, width
