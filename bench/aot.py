@@ -87,6 +87,7 @@ class Part(NamedTuple):
     name: str
     tile: tuple[int, int, int]  # pixels, output channels, depth of one step
     steps: int  # for one block of pixel rows, as many as the tallest tile has: K steps x tiles
+    asked: int  # multiply-adds of these steps that are no padding of the tiles
     pipelined: bool = True  # loads by asynchronous copies
 
 
@@ -208,38 +209,51 @@ def parts(kernel: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, A
         reduced, stored = map(configs.from_list, (given["in_channels"], given["out_channels"]))
         if kernel == "data_gradient":
             reduced, stored = stored, reduced
+        # A strip's constants begin with its convolution and its kernel's size, and end with the tile's and a divisor.
         tallest = max(rows for *_, rows, _, _ in given["LEVEL"])
-        return [  # the constants begin with the kernel's size and end with the tile's and a divisor
+        return [
             Part(
-                f"{kernel_h}x{kernel_w}",
+                f"{kernel_h}x{kernel_w}" + (f" from {first * width}" if first else ""),
                 (rows, width, depth),
-                configs.tiles(kernel_h * kernel_w * c, depth) * configs.tiles(o, width) * (tallest // rows),
+                configs.tiles(kernel_h * kernel_w * reduced[conv], depth) * side_by_side * (tallest // rows),
+                tallest * kernel_h * kernel_w * reduced[conv] * min(stored[conv] - first * width, side_by_side * width),
             )
-            for (kernel_h, kernel_w, *_, rows, width, _), c, o in zip(given["LEVEL"], reduced, stored, strict=True)
+            for (conv, kernel_h, kernel_w, *_, rows, width, _), first, side_by_side in zip(
+                given["LEVEL"], *map(configs.from_list, (given["first_tiles"], given["column_tiles"])), strict=True
+            )
         ]
     tile = (given["BLOCK_M"], given["BLOCK_N"], depth)
     if kernel == "weight_gradient":
-        if given["LEVEL"] is None:  # one loop for all
-            return [Part("products", tile, steps=1)]
-        return [
+        names = "out_channels", "in_channels", "kernel_h", "kernel_w"
+        products = [
             Part(
                 f"{kernel_h}x{kernel_w} {o}",
                 tile,
                 configs.tiles(o, tile[0]) * configs.tiles(c * kernel_h * kernel_w, tile[1]),
+                o * c * kernel_h * kernel_w * depth,
             )
-            for (kernel_h, kernel_w), o, c in zip(
-                given["LEVEL"], *map(configs.from_list, (given["out_channels"], given["in_channels"])), strict=True
-            )
+            for o, c, kernel_h, kernel_w in zip(*(configs.from_list(given[name]) for name in names), strict=True)
         ]
+        if given["LEVEL"] is None:  # one loop for all
+            return [Part("products", tile, sum(p.steps for p in products), sum(p.asked for p in products))]
+        return products
+    k, rows = given["K"], tile[0]
     if kernel == "entry_gradient":
-        return [Part("gemm", tile, configs.tiles(given["COLUMNS"], depth) * configs.tiles(given["K"], tile[1]))]
+        columns = given["COLUMNS"]
+        return [Part("gemm", tile, configs.tiles(columns, depth) * configs.tiles(k, tile[1]), rows * columns * k)]
     pool = (given["POOL_M"], given["POOL_N"], given["POOL_K"])
-    gemm_tiles = configs.tiles(sum(configs.from_list(given["widths"])), tile[1])
-    pool_tiles = tile[0] // pool[0] * configs.tiles(given["pool_width"], pool[1])
-    return [
-        Part("gemm", tile, configs.tiles(given["K"], depth) * gemm_tiles),
-        Part("pool", pool, configs.tiles(given["K"], pool[2]) * pool_tiles, pipelined=False),
-    ]
+    pool_tiles = rows // pool[0] * configs.tiles(given["pool_width"], pool[1])
+    pooled = configs.tiles(k, pool[2]) * pool_tiles, rows * k * given["pool_width"]
+    columns, last, steps = sum(configs.from_list(given["widths"])), given["LAST_N"], configs.tiles(k, depth)
+    before = (configs.tiles(columns, tile[1]) - 1) * tile[1]  # columns in front of the last tile
+    if last == tile[1]:
+        gemm = [Part("gemm", tile, steps * (before // last + 1), rows * k * columns)]
+    else:
+        gemm = [
+            Part("gemm", tile, steps * (before // tile[1]), rows * k * before),
+            Part(f"gemm from {before}", (rows, last, depth), steps, rows * k * (columns - before)),
+        ]
+    return [*gemm, Part("pool", pool, *pooled, pipelined=False)]
 
 
 def measure(case: Case, kernels: Collection[str] = tuple(KERNELS)) -> list[dict[str, Any]]:
@@ -326,7 +340,7 @@ def _loops(code: list[sass.Instruction], warps: int, expected: list[Part], rate:
     """Describe the main loop of each expected product, and what they ask of a whole launch."""
     loops = sass.main_loops(code, warps)
     if len(loops) != len(expected):  # unrolled, or several for one product: nothing to attribute
-        return {"loops": {}, "launch_pressure": None}
+        return {"loops": {}, "launch_pressure": None, "padding": None}
     if not expected:
         return {}
     described = {}
@@ -340,7 +354,8 @@ def _loops(code: list[sass.Instruction], warps: int, expected: list[Part], rate:
         described[part.name] = _pressures(loop, part, warps, rate)
     issue = sum(part.steps * described[part.name]["issue_cycles"] for part in expected)
     tensor = sum(part.steps * described[part.name]["tensor_cycles"] for part in expected)
-    return {"loops": described, "launch_pressure": issue / tensor}
+    asked = sum(part.asked for part in expected) / rate
+    return {"loops": described, "launch_pressure": issue / asked, "padding": tensor / asked}
 
 
 def _pressures(loop: sass.Loop, part: Part, warps: int, rate: int) -> dict[str, Any]:
@@ -352,6 +367,8 @@ def _pressures(loop: sass.Loop, part: Part, warps: int, rate: int) -> dict[str, 
     issue = loop.instructions * warps / 4
     return asdict(loop) | {
         "tile": list(part.tile),
+        "steps": part.steps,
+        "asked_cycles": part.asked / rate,
         "issue_cycles": issue,
         "tensor_cycles": cycles,
         "issue_pressure": issue / cycles,

@@ -13,6 +13,8 @@ loop, as cycles of the resource over cycles of the tensor cores: above 1 the res
   issue   instructions x warps / 4 slots
   shared  bytes through the port of shared memory and L1 / 128
   L2      bytes loaded per tensor cycle (an H100 feeds 24 to 32); "<" where L1 may serve some of the loads
+Below them the whole launch, over the tensor cycles that its products would take without what pads their tiles (the
+cycles they take with it over those are its padding).
 Nothing here is a time: latency and occupancy are not in it.
 """
 
@@ -103,7 +105,7 @@ def lines(row: dict[str, Any]) -> list[str]:
             f"issue {loop['issue_pressure']:5.2f}  shared {shared:>5}  L2 {l2:>7}{notes}"
         )
     if row.get("launch_pressure"):
-        text.append(f"  whole launch: issue {row['launch_pressure']:.2f}")
+        text.append(f"  whole launch: issue {row['launch_pressure']:.2f}  padding {row['padding']:.2f}")
     return text
 
 

@@ -275,6 +275,29 @@ def fit(tiles: Tiles, channels: int, gpu: Gpu) -> tuple[int, int]:
     return (256 if taller else tiles.block_m), block_n
 
 
+class Strip(NamedTuple):
+    """Some of the channels that a product writes, in tiles of one size side by side."""
+
+    block_m: int
+    block_n: int
+    first: int  # of the tiles, counted in tiles of this size
+    tiles: int
+
+
+def strips(tiles: Tiles, channels: int, gpu: Gpu) -> list[Strip]:
+    """Return how one product among several, which writes ``channels``, is cut: as :func:`fit` says, and what is left.
+
+    What is left behind the last whole tile gets a tile of half or a quarter the width, if that holds it. Of 32 at
+    least: with 16, ptxas makes every tensor-core instruction of the kernel wait for the last one (sm_90).
+    """
+    block_m, block_n = fit(tiles, channels, gpu)
+    whole, left = divmod(channels, block_n)
+    if whole and left and max(left, 32) <= block_n // 2:
+        last_m, last_n = fit(tiles, max(left, 32), gpu)
+        return [Strip(block_m, block_n, 0, whole), Strip(last_m, last_n, whole * block_n // last_n, 1)]
+    return [Strip(block_m, block_n, 0, whole + (left > 0))]
+
+
 def tiles(size: int, block: int) -> int:
     """Return how many tiles of ``block`` cover ``size`` (``triton.cdiv`` takes 2 us: it serves kernels, too)."""
     return -(-size // block)

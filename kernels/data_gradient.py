@@ -30,18 +30,18 @@ class Gradient(NamedTuple):
 
 @triton.jit
 def _gradient_tile(
-    tile, g_ptr, w_ptr, active_ptr, out_ptr, partials_ptr, C, O, inverse, row_inverse, stride, column, M, H, W,
+    tile, first_tile, column_tiles, g_ptr, w_ptr, active_ptr, out_ptr, partials_ptr,
+    C, O, inverse, row_inverse, stride, column, M, H, W,
     KH: tl.constexpr, KW: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DIVISOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``conv_transpose2d(g, w)``, 0 where the ReLU was not active, for BLOCK_M pixels x BLOCK_N of its O channels.
+    """``conv_transpose2d(g, w)``, 0 where the ReLU was not active, for BLOCK_M pixels x BLOCK_N channels of a strip.
 
     A ReLU's is added up over the tile's pixels as well: the gradient of the bias in front of it.
     """
-    column_tiles = tl.cdiv(O, BLOCK_N)
     row_tile = tile // column_tiles
     offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = (tile % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = (first_tile + tile % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
     mask_n = offs_n < O
     n = offs_m // (H * W)
@@ -65,21 +65,24 @@ def _gradient_tile(
 
 @triton.jit(do_not_specialize=["M", "H", "W"])
 def _data_gradient_kernel(
-    g_ptrs, w_ptrs, active_ptrs, out_ptrs, partials_ptr,
+    g_ptrs, w_ptrs, active_ptrs, out_ptrs, partials_ptr, first_tiles, column_tiles,
     out_channels, in_channels, inverses, row_inverses, strides, columns, sums, M, H, W,
     LEVEL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one convolution: the tiles of the list's convolutions follow one another."""
+    """One tile of one strip of a convolution: the tiles of all strips of the list's convolutions follow one another."""
     follow_predecessor(PDL)
     tile = tl.program_id(0)
     for i in tl.static_range(len(LEVEL)):
-        tiles = tl.cdiv(M, LEVEL[i][3]) * tl.cdiv(number(in_channels[i]), LEVEL[i][4])
+        tiles = tl.cdiv(M, LEVEL[i][4]) * number(column_tiles[i])
         if (tile >= 0) & (tile < tiles):
             _gradient_tile(
-                tile, g_ptrs[i], w_ptrs[i], active_ptrs[i], out_ptrs[i], partials_ptr + number(sums[i]),
-                number(out_channels[i], LEVEL[i][5]), number(in_channels[i], LEVEL[i][5]), inverses[i], row_inverses[i],
-                number(strides[i], LEVEL[i][5]), number(columns[i], LEVEL[i][5]), M, H, W,
-                LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], LEVEL[i][4], LEVEL[i][5], PRECISION, BLOCK_K,
+                tile, number(first_tiles[i]), number(column_tiles[i]),
+                g_ptrs[LEVEL[i][0]], w_ptrs[LEVEL[i][0]], active_ptrs[LEVEL[i][0]], out_ptrs[LEVEL[i][0]],
+                partials_ptr + number(sums[LEVEL[i][0]]),
+                number(out_channels[LEVEL[i][0]], LEVEL[i][6]), number(in_channels[LEVEL[i][0]], LEVEL[i][6]),
+                inverses[LEVEL[i][0]], row_inverses[LEVEL[i][0]],
+                number(strides[LEVEL[i][0]], LEVEL[i][6]), number(columns[LEVEL[i][0]], LEVEL[i][6]), M, H, W,
+                LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], LEVEL[i][4], LEVEL[i][5], LEVEL[i][6], PRECISION, BLOCK_K,
             )  # fmt: skip
         tile -= tiles
 
@@ -110,7 +113,8 @@ def data_gradient(
     All but partials have one dtype. Checked by the caller.
     """
     gpu = target.gpu(partials.device)
-    launch = _launch(gradients, shape, tiles, gpu, target.input_precision(weights[0].dtype, gpu))
+    dtype = weights[0].dtype
+    launch = _launch(gradients, shape, tiles, dtype, gpu, target.input_precision(dtype, gpu))
     with target.device_of(partials):
         return replay.launch(
             _data_gradient_kernel, launch, tuple(grads), tuple(weights), tuple(actives), tuple(outs), partials
@@ -126,27 +130,40 @@ def choose_tiles(rows: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dtyp
 
 def parts(rows: int, channels: int, tiles: configs.Tiles, gpu: target.Gpu) -> int:
     """Return of how many parts a ReLU's sums come, where its convolution reads ``channels``."""
-    return configs.tiles(rows, _fit(tiles, channels, gpu)[0])
+    return configs.tiles(rows, _strips(tiles, channels, gpu)[0].block_m)
 
 
-def _fit(tiles: configs.Tiles, channels: int, gpu: target.Gpu) -> tuple[int, int]:
-    # At least 32: with 16, ptxas makes every tensor-core instruction of the kernel wait for the last one (sm_90).
-    return configs.fit(tiles, max(channels, 32), gpu)
+def _strips(tiles: configs.Tiles, channels: int, gpu: target.Gpu) -> list[configs.Strip]:
+    # At least 32 as there. All of as many pixels: of each tile's comes one part of the sums. What is left is no strip
+    # of half the width: beside another such tile, ptxas makes tensor-core instructions wait for each other (3.6).
+    strips = configs.strips(tiles, max(channels, 32), gpu)
+    if len(strips) == 2 and 2 * strips[1].block_n == strips[0].block_n:
+        return [strips[0]._replace(tiles=strips[0].tiles + 1)]
+    return [strip._replace(block_m=strips[0].block_m) for strip in strips]
 
 
 @configs.cached
 def _launch(
-    gradients: tuple[Gradient, ...], shape: tuple[int, int, int], tiles: configs.Tiles, gpu: target.Gpu, precision: str
+    gradients: tuple[Gradient, ...],
+    shape: tuple[int, int, int],
+    tiles: configs.Tiles,
+    dtype: torch.dtype,
+    gpu: target.Gpu,
+    precision: str,
 ) -> configs.Launch:
     rows = math.prod(shape)
-    level, sizes, programs = [], [], 0
-    for (out_channels, in_channels, kernel_h, kernel_w), relu, stride, column, sums in gradients:
-        block_m, block_n = _fit(tiles, in_channels, gpu)
+    level, placed, sizes, programs = [], [], [], 0
+    for i, ((out_channels, in_channels, kernel_h, kernel_w), relu, stride, column, sums) in enumerate(gradients):
         divisor = math.gcd(8, out_channels, in_channels, stride, column)
-        level.append((kernel_h, kernel_w, relu, block_m, block_n, divisor))
+        for strip in _strips(tiles, in_channels, gpu):
+            level.append((i, kernel_h, kernel_w, relu, strip.block_m, strip.block_n, divisor))
+            placed.append((strip.first, strip.tiles))
+            programs += configs.tiles(rows, strip.block_m) * strip.tiles
         sizes.append((out_channels, in_channels, *inverses(out_channels, kernel_h, kernel_w), stride, column, sums))
-        programs += configs.tiles(rows, block_m) * configs.tiles(in_channels, block_n)
+    options = tiles.options(gpu)
+    if gpu.chip == "sm_90" and dtype.itemsize == 2 and tiles.block_m * tiles.block_n <= 64 * 32 * tiles.num_warps:
+        options["maxnreg"] = 128  # two programs for an SM: left alone, ptxas takes 150 for some lists of strips
     return configs.launch(
-        programs, (*zip(*sizes, strict=True), rows, *shape[1:]),
-        LEVEL=tuple(level), PRECISION=precision, BLOCK_K=tiles.block_k, **tiles.options(gpu),
+        programs, (*zip(*placed, strict=True), *zip(*sizes, strict=True), rows, *shape[1:]),
+        LEVEL=tuple(level), PRECISION=precision, BLOCK_K=tiles.block_k, **options,
     )  # fmt: skip

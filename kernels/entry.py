@@ -26,7 +26,7 @@ from fastinception.kernels.replay import Launched
 
 @triton.jit
 def _gemm_tile(
-    row_tile, column_tile, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
+    row_tile, first, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
     widths, M, K, pixels, stride_on, stride_op, stride_oc, stride_mask,
     DIVISOR: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, AMD: tl.constexpr, PRECISION: tl.constexpr,
     SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr,
@@ -34,7 +34,7 @@ def _gemm_tile(
 ):  # fmt: skip
     """``relu(x @ w.T + b)`` for one tile of the convolutions side by side, each column stored where it belongs."""
     offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = first + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
 
     columns = number(widths[0], DIVISOR)
@@ -66,18 +66,19 @@ def _gemm_tile(
         b_columns = tl.where(offs_n < start, b_columns, choosable(b_ptrs[i], offs_n - start, AMD))
         start += number(widths[i], DIVISOR)
     # Else each thread chooses and loads the biases of all its columns, a fifth of the tile's instructions. The compiler
-    # leaves loads of as many elements as there are threads where they are: hence a second row, which loads nothing.
-    twice = tl.broadcast_to(b_columns.to(b_ptrs[0].dtype)[None, :], (2, BLOCK_N))
-    loaded = (tl.arange(0, 2) == 0)[:, None] & (offs_n < columns)[None, :]
-    y = bias_relu(acc, tl.sum(tl.load(twice, mask=loaded, other=0.0), axis=0), RELU)
+    # leaves loads of as many elements as eight warps have threads where they are: hence rows that load nothing.
+    ROWS: tl.constexpr = max(2, (512 if AMD else 256) // BLOCK_N)
+    repeated = tl.broadcast_to(b_columns.to(b_ptrs[0].dtype)[None, :], (ROWS, BLOCK_N))
+    loaded = (tl.arange(0, ROWS) == 0)[:, None] & (offs_n < columns)[None, :]
+    y = bias_relu(acc, tl.sum(tl.load(repeated, mask=loaded, other=0.0), axis=0), RELU)
     store_result(
-        out_ptr, mask_ptr, y, offs_m, M, column_tile * BLOCK_N, number(widths[0], DIVISOR),
+        out_ptr, mask_ptr, y, offs_m, M, first, number(widths[0], DIVISOR),
         pixels, stride_on, stride_op, stride_oc, stride_mask, 0, 0, SAVE, RUN,
     )  # fmt: skip
     start = number(widths[0], DIVISOR)
     for i in tl.static_range(1, len(w_ptrs)):
         width = number(widths[i], DIVISOR)
-        store_rows(dense_ptrs[i - 1], y, offs_m, M, column_tile * BLOCK_N - start, width)
+        store_rows(dense_ptrs[i - 1], y, offs_m, M, first - start, width)
         start += width
 
 
@@ -201,13 +202,13 @@ def _entry_kernel(
     AMD: tl.constexpr, PTX: tl.constexpr, MAX_ASM: tl.constexpr,
     PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr, INTERLEAVED: tl.constexpr,
     PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LAST_N: tl.constexpr, BLOCK_K: tl.constexpr,
     POOL_M: tl.constexpr, POOL_N: tl.constexpr, POOL_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of the GEMM or of the pooled branch; a block of rows has some of each.
 
     PART says that all are of the one, None of both. DIVISOR divides the widths and ``pool_column``. ALIGNED says that
-    the rows of the GEMM's weights are aligned to 16 bytes.
+    the rows of the GEMM's weights are aligned to 16 bytes. LAST_N is the width of the GEMM's last column tile.
 
     INTERLEAVED: for each block of rows first its GEMM tiles, then its pool tiles, so that x comes from device memory
     once and from the L2 cache after that. Else all GEMM tiles, then all pool tiles.
@@ -227,11 +228,18 @@ def _entry_kernel(
         row_tile = tl.where(behind < 0, program // gemm_tiles, behind // pool_tiles)
         tile = tl.where(behind < 0, program % gemm_tiles, gemm_tiles + behind % pool_tiles)
     if PART == "gemm" or (PART is None and tile < gemm_tiles):
-        _gemm_tile(
-            row_tile, tile, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
-            widths, M, K, H * W, stride_on, stride_op, stride_oc, stride_mask,
-            DIVISOR, EVEN_K, ALIGNED, AMD, PRECISION, SAVE, RELU, RUN, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        if LAST_N == BLOCK_N or tile < gemm_tiles - 1:
+            _gemm_tile(
+                row_tile, tile * BLOCK_N, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
+                widths, M, K, H * W, stride_on, stride_op, stride_oc, stride_mask,
+                DIVISOR, EVEN_K, ALIGNED, AMD, PRECISION, SAVE, RELU, RUN, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            _gemm_tile(
+                row_tile, tile * BLOCK_N, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
+                widths, M, K, H * W, stride_on, stride_op, stride_oc, stride_mask,
+                DIVISOR, EVEN_K, ALIGNED, AMD, PRECISION, SAVE, RELU, RUN, BLOCK_M, LAST_N, BLOCK_K,
+            )  # fmt: skip
     else:
         pool_tile = tile - gemm_tiles
         _pool_tile(
@@ -338,7 +346,8 @@ def _launch(
         pool_k //= 2
         if save and pool_n == 64 and pool_m < tiles.block_m:
             pool_m *= 2
-    gemm_tiles = 0 if part == "pool" else configs.tiles(sum(widths), tiles.block_n)
+    strips = configs.strips(tiles, sum(widths), gpu)
+    gemm_tiles = 0 if part == "pool" else sum(strip.tiles for strip in strips)
     pool_tiles = 0 if part == "gemm" else tiles.block_m // pool_m * configs.tiles(pool_width, pool_n)
     out_shape = n, out_channels, height, width
     strides = out_strides(out_shape, channels_last)
@@ -351,6 +360,6 @@ def _launch(
         AMD=gpu.is_amd, PTX=gpu.runs_ptx, MAX_ASM=target.max_asm(gpu, dtype, with_codes=save), PRECISION=precision,
         SAVE=save, RELU=target.relu_asm(gpu, dtype) if relu else None, RUN=out_run(out_shape, channels_last),
         INTERLEAVED=tiles.interleaved,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+        BLOCK_M=tiles.block_m, BLOCK_N=strips[0].block_n, LAST_N=strips[-1].block_n, BLOCK_K=tiles.block_k,
         POOL_M=pool_m, POOL_N=pool_n, POOL_K=pool_k, **tiles.options(gpu),
     )  # fmt: skip

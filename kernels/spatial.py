@@ -29,8 +29,9 @@ from fastinception.kernels.replay import Launched
 
 
 class Geometry(NamedTuple):
-    """What a convolution's loop is compiled for: constants of the kernel, which finds them by their places."""
+    """What the loop of a strip is compiled for: constants of the kernel, which finds them by their places."""
 
+    conv: int  # which of the list's the strip is of
     kernel_h: int
     kernel_w: int
     stride_h: int
@@ -103,16 +104,15 @@ def implicit_gemm(
 
 @triton.jit
 def _conv_tile(
-    tile, x_ptr, w_ptr, b_ptr, out_ptr, mask_ptr,
+    tile, first_tile, column_tiles, x_ptr, w_ptr, b_ptr, out_ptr, mask_ptr,
     C, O, inverse, row_inverse, column, mask_column,
     M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIVISOR: tl.constexpr, PRECISION: tl.constexpr,
     SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``relu(conv2d(x, w, b))`` for BLOCK_M output pixels x BLOCK_N output channels."""
-    column_tiles = tl.cdiv(O, BLOCK_N)
-    first = (tile % column_tiles) * BLOCK_N
+    """``relu(conv2d(x, w, b))`` for BLOCK_M output pixels x BLOCK_N output channels of a strip."""
+    first = (first_tile + tile % column_tiles) * BLOCK_N
     offs_m = (tile // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = first + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
@@ -136,24 +136,26 @@ def _conv_tile(
 
 @triton.jit(do_not_specialize=["M", "H", "W", "OUT_H", "OUT_W", "stride_mask"])
 def _spatial_kernel(
-    x_ptrs, w_ptrs, b_ptrs, out_ptr, mask_ptr, in_channels, out_channels, inverses, row_inverses,
-    columns, mask_columns, M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
+    x_ptrs, w_ptrs, b_ptrs, out_ptr, mask_ptr, first_tiles, column_tiles, in_channels, out_channels,
+    inverses, row_inverses, columns, mask_columns, M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
     LEVEL: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr,
     BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one convolution: the tiles of the list's convolutions follow one another."""
+    """One tile of one strip of a convolution: the tiles of all strips of the list's convolutions follow one another."""
     follow_predecessor(PDL)
     tile = tl.program_id(0)
     for i in tl.static_range(len(LEVEL)):
-        tiles = tl.cdiv(M, LEVEL[i][6]) * tl.cdiv(number(out_channels[i]), LEVEL[i][7])
+        tiles = tl.cdiv(M, LEVEL[i][7]) * number(column_tiles[i])
         if (tile >= 0) & (tile < tiles):
             _conv_tile(
-                tile, x_ptrs[i], w_ptrs[i], b_ptrs[i], out_ptr, mask_ptr,
-                number(in_channels[i], LEVEL[i][8]), number(out_channels[i], LEVEL[i][8]), inverses[i], row_inverses[i],
-                number(columns[i], LEVEL[i][8]), number(mask_columns[i]),
+                tile, number(first_tiles[i]), number(column_tiles[i]),
+                x_ptrs[LEVEL[i][0]], w_ptrs[LEVEL[i][0]], b_ptrs[LEVEL[i][0]], out_ptr, mask_ptr,
+                number(in_channels[LEVEL[i][0]], LEVEL[i][9]), number(out_channels[LEVEL[i][0]], LEVEL[i][9]),
+                inverses[LEVEL[i][0]], row_inverses[LEVEL[i][0]],
+                number(columns[LEVEL[i][0]], LEVEL[i][9]), number(mask_columns[LEVEL[i][0]]),
                 M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
-                LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], LEVEL[i][4], LEVEL[i][5],
-                LEVEL[i][6], LEVEL[i][7], LEVEL[i][8], PRECISION, SAVE, RELU, RUN, BLOCK_K,
+                LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], LEVEL[i][4], LEVEL[i][5], LEVEL[i][6],
+                LEVEL[i][7], LEVEL[i][8], LEVEL[i][9], PRECISION, SAVE, RELU, RUN, BLOCK_K,
             )  # fmt: skip
         tile -= tiles
 
@@ -242,17 +244,19 @@ def _launch(
     if tiles.library:
         return None, tiles
     level: list[Geometry] = []
+    placed: list[tuple[int, int]] = []
     sizes: list[tuple[int | None, ...]] = []
     programs = 0
-    for (out_channels, in_channels, kernel_h, kernel_w), stride, padding, column, mask_column in convs:
+    for i, ((out_channels, in_channels, kernel_h, kernel_w), stride, padding, column, mask_column) in enumerate(convs):
         if kernel_h * kernel_w > 31:
             raise ValueError(f"a convolution of at most 31 taps was expected, got {kernel_h}x{kernel_w}")
-        block_m, block_n = configs.fit(tiles, out_channels, gpu)
         divisor = math.gcd(8, in_channels, out_channels, column)
-        level.append(Geometry(kernel_h, kernel_w, *stride, *padding, block_m, block_n, divisor))
+        for strip in configs.strips(tiles, out_channels, gpu):
+            level.append(Geometry(i, kernel_h, kernel_w, *stride, *padding, strip.block_m, strip.block_n, divisor))
+            placed.append((strip.first, strip.tiles))
+            programs += configs.tiles(rows, strip.block_m) * strip.tiles
         sizes.append((in_channels, out_channels, *inverses(in_channels, kernel_h, kernel_w), column, mask_column))
-        programs += configs.tiles(rows, block_m) * configs.tiles(out_channels, block_n)
-    lists = zip(*sizes, strict=True)
+    lists = *zip(*placed, strict=True), *zip(*sizes, strict=True)
     strides = out_strides(out_shape, channels_last)
     launch = configs.launch(
         programs, (*lists, rows, *size, out_height, out_width, *strides, mask_bytes),

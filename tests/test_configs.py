@@ -144,6 +144,31 @@ def test_a_tile_of_a_quarter_of_the_channels_has_twice_the_pixels(sizes, channel
     assert configs.fit(configs.Tiles(*sizes, 64, 8, 3), channels, target.Gpu("", chip)) == tile
 
 
+@pytest.mark.parametrize(
+    ("sizes", "channels", "chip", "strips"),
+    [
+        ((128, 128), 128, "sm_90", [(128, 128, 0, 1)]),
+        ((128, 128), 384, "sm_90", [(128, 128, 0, 3)]),
+        ((128, 128), 192, "sm_90", [(128, 128, 0, 1), (128, 64, 2, 1)]),
+        ((128, 128), 193, "sm_90", [(128, 128, 0, 2)]),
+        ((128, 128), 288, "sm_90", [(128, 128, 0, 2), (256, 32, 8, 1)]),
+        ((128, 128), 288, "gfx942", [(128, 128, 0, 2), (128, 32, 8, 1)]),
+        ((128, 128), 129, "cpu", [(128, 128, 0, 1), (256, 32, 4, 1)]),  # not of 16
+        ((128, 128), 96, "sm_90", [(128, 128, 0, 1)]),  # nothing in front of it
+        ((128, 128), 17, "sm_90", [(256, 32, 0, 1)]),
+        ((64, 64), 96, "sm_90", [(64, 64, 0, 1), (64, 32, 2, 1)]),
+        ((128, 32), 48, "sm_90", [(128, 32, 0, 2)]),
+    ],
+)
+def test_what_is_left_behind_the_last_whole_tile_gets_a_narrower_one(sizes, channels, chip, strips):
+    found = configs.strips(configs.Tiles(*sizes, 64, 8, 3), channels, target.Gpu("", chip))
+    assert found == strips
+    ends = [(strip.first + strip.tiles) * strip.block_n for strip in found]
+    starts = [strip.first * strip.block_n for strip in found]
+    assert starts == [0, *ends[:-1]]
+    assert ends[-1] - found[-1].block_n < channels <= ends[-1]
+
+
 def test_only_what_can_be_launched_early_is(tuned):
     tiles = configs.Tiles(**TILES, launch_pdl=True)
     size = {"num_warps": 4, "num_stages": 2}
@@ -318,7 +343,8 @@ def test_launchers_follow_the_table_and_their_keyword(tuned, monkeypatch):
     launch()
     # 50 rows: two tiles, each with two columns of the GEMM and two times four of the pooled branch.
     assert (kernels["entry"].BLOCK_M, kernels["entry"].POOL_M, kernels["entry"].grid) == (32, 16, (2 * (2 + 2 * 4),))
-    assert (kernels["spatial"].LEVEL[0][6], kernels["spatial"].BLOCK_K, kernels["spatial"].grid) == (64, 64, (1,))
+    assert spatial_module.Geometry(*kernels["spatial"].LEVEL[0]).block_m == 64
+    assert (kernels["spatial"].BLOCK_K, kernels["spatial"].grid) == (64, (1,))
     launch(torch.empty(50, 25, dtype=torch.uint8))
     assert (kernels["entry"].num_warps, kernels["spatial"].num_warps) == (2, 1)
     launch(tiles=configs.Tiles(16, 16, 16, 1, 1, pool=(16, 16, 16)))

@@ -600,11 +600,10 @@ def test_each_program_computes_one_tile(monkeypatch):
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", noted)
     Spatial(3, 9, 11, [(3, 130, *SAME3), (2, 140, (1, 1), (1, 1), (0, 0)), (2, 3, *SAME3)])
-    # Of 297 pixels three row tiles, of the channels two and two; of three channels one, and two row tiles twice as
-    # tall. The output and its mask are two stores, of the channels' halves where they are many: of the last 2 and 12 of
-    # them the second half has none.
-    many, few = [[True] * 4, [True, True, False, False]] * 6, [[True, True]] * 2
-    assert written == dict(enumerate(many + few))
+    # Of 297 pixels three row tiles of 128 channels; of the 2 and the 12 behind them, and of three channels, two row
+    # tiles twice as tall. The output and its mask are two stores, of 128 channels one for each half.
+    many, few = [[True] * 4] * 3, [[True, True]] * 2
+    assert written == dict(enumerate([*many, *few, *many, *few, *few]))
     written.clear()
     Entry(normal(3, 15, 9, 11), (70, 50, 20, 130))
     # For each row tile two GEMM tiles, each storing to four places, and two column tiles of the pooled branch.
