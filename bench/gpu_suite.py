@@ -50,6 +50,7 @@ PARTS: dict[str, Callable[[Context], list[Case]]] = {
     "decisive": kernels.decisive,
     "environment": checks.environment,
     "networks": partial(networks.cases, "eager"),
+    "profile": networks.profile,
     "tests": checks.tests,
     "kernels": kernels.table,
     "blocks": blocks.eager,

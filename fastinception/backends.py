@@ -88,6 +88,31 @@ def select(backend: str, x: Tensor, params: Sequence[Tensor]) -> Path:
     return Path("aten", reason)
 
 
+def by_triton(backend: str, x: Tensor, *params: Tensor) -> bool:
+    """Tell whether Triton computes what the kernels around the blocks serve: eager calls without gradients.
+
+    ``"triton"`` asks for it in the interpreter, too; where it cannot run, or does not serve, the answer is False.
+    """
+    if backend == "aten" or (backend == "auto" and x.device.type != "cuda"):
+        return False
+    operands = x, *params
+    return (
+        target.unsupported(x.device, x.dtype) is None
+        and not torch.compiler.is_compiling()
+        and special_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.is_autocast_enabled(x.device.type)
+        and {*map(type, operands)} <= PLAIN
+        and not any(t.is_neg() or t._is_zerotensor() for t in operands)
+        and all(t.dtype is x.dtype and t.device == x.device for t in params)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in operands))
+        and x.dim() == 4
+        and 0 < x.shape[0] * x.shape[2] * x.shape[3] <= _MOST_PIXELS
+        and x.shape[1] > 0
+        and target.without_products(x.device) is None
+    )
+
+
 def _too_large(x: Tensor, params: Sequence[Tensor]) -> str | None:
     """Say what about the sizes is beyond the kernels, or None."""
     n, _, height, width = x.shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -48,8 +48,9 @@ class GoogLeNet(nn.Sequential):
 
     Around ``FastInception`` the stem's ReLUs come after the max pools: the same numbers and gradients, as a maximum and
     a ReLU commute, from a quarter of the elements. Its pools and convolutions are
-    :class:`fastinception.MaxPool2d` and :class:`fastinception.Conv2d`, and on a CPU a large batch passes each of the
-    stem's pools in parts.
+    :class:`fastinception.MaxPool2d` and :class:`fastinception.Conv2d`. On a CPU a large batch passes each of the
+    stem's pools in parts; by Triton, in eager inference, bias, pool and ReLU are one launch. The pools have the first
+    block's backend.
 
     Args:
         block: called as ``block(in_channels, c1, c2, c3, c4)`` for each of the nine blocks: ``Inception``
@@ -89,7 +90,11 @@ class GoogLeNet(nn.Sequential):
         conv = Conv2d if fast else nn.Conv2d
 
         def pool() -> nn.Module:
-            return (MaxPool2d if fast else nn.MaxPool2d)(kernel_size=3, stride=2, padding=1)
+            if not fast:
+                return nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+            own = MaxPool2d(kernel_size=3, stride=2, padding=1)
+            own.backend = cast(FastInception, third[0]).backend
+            return own
 
         def relu() -> nn.Module:
             return nn.ReLU()  # not in place: a hook may keep, or watch, what a layer in front of it returns

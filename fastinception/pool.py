@@ -1,4 +1,4 @@
-"""Keep max pools out of Inductor's hands when a network is trained on a CPU: its loops for them do not vectorise."""
+"""Pool faster than PyTorch where it can be done: in compiled training on a CPU, and in eager inference on a GPU."""
 
 from __future__ import annotations
 
@@ -8,23 +8,35 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastinception import custom_op
+from fastinception import backends, custom_op
 
 _SETTINGS = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """Pool as ``torch.nn.MaxPool2d`` does, and faster where ``torch.compile`` trains on a CPU.
+    """Pool as ``torch.nn.MaxPool2d`` does, faster in two places, with the same values and gradients.
 
-    There ATen's kernels run instead of the loops that Inductor writes: the same values, the same gradients.
-    Everywhere else, and where indices are asked for, it is ``torch.nn.MaxPool2d`` itself. It has no parameters.
+    Where ``torch.compile`` trains on a CPU, ATen's kernels run instead of the loops that Inductor writes, which do not
+    vectorise. On a GPU that runs Triton, in eager inference in channels_last, windows of 3x3 around every second pixel
+    are one launch; ATen's kernel also writes an int64 index for each maximum. Everywhere else, and where indices are
+    asked for, it is ``torch.nn.MaxPool2d`` itself. It has no parameters.
 
     Args:
         kernel_size, stride, padding, dilation, return_indices, ceil_mode: as for ``torch.nn.MaxPool2d``.
 
     Shape:
         As ``torch.nn.MaxPool2d``: ``[N, C, H, W]`` to ``[N, C, H_out, W_out]``.
+
+    Attributes:
+        backend: ``"aten"`` keeps Triton out, and so does the environment variable FASTINCEPTION_BACKEND, read when a
+            pool is built; ``"triton"`` asks for it on CPU tensors, in Triton's interpreter.
     """
+
+    backend: str = "auto"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.backend = backends.check("auto")
 
     def forward(self, input: Tensor) -> Tensor:
         if (
@@ -40,7 +52,46 @@ class MaxPool2d(nn.MaxPool2d):
             settings = map(_pair, (self.kernel_size, self.stride, self.padding, self.dilation))
             pooled, _ = torch.ops.fastinception.max_pool2d(input, *settings, self.ceil_mode)
             return cast(Tensor, pooled)
+        if (
+            isinstance(input, Tensor)
+            and backends.by_triton(self.backend, input)
+            and is_around_every_second(self)
+            and is_launchable(input)
+        ):
+            return launch(input)
         return cast(Tensor, super().forward(input))
+
+
+def is_around_every_second(pool: nn.MaxPool2d) -> bool:
+    """Tell whether a pool's windows are 3x3 around every second pixel."""
+
+    def are(size: Any, number: int) -> bool:  # NumPy's integers make an array of a comparison with a tuple
+        return tuple(size) == (number, number) if isinstance(size, (tuple, list)) else bool(size == number)
+
+    return (
+        are(pool.kernel_size, 3)
+        and are(pool.stride, 2)
+        and are(pool.padding, 1)
+        and are(pool.dilation, 1)
+        and not pool.ceil_mode
+        and not pool.return_indices
+    )
+
+
+def is_launchable(x: Tensor) -> bool:
+    """Tell whether :func:`launch` takes x, and returns the format that ATen would."""
+    return x.is_contiguous(memory_format=torch.channels_last) and custom_op.memory_format(x) is torch.channels_last
+
+
+def launch(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``max_pool2d(x, 3, 2, 1)`` of x in channels_last by Triton, with a bias the ReLU of their sum."""
+    from fastinception.kernels.pool import max_pool
+
+    n, channels, height, width = x.shape
+    shape = n, channels, (height + 1) // 2, (width + 1) // 2
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    max_pool(x, bias, out)
+    return out
 
 
 def _pair(size: int | Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Run the stages in front of the blocks: on a CPU a large batch a few images at a time, which the cache holds."""
+"""Run the stages in front of the blocks: on a CPU a large batch in parts, on a GPU in few launches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastinception import backends, custom_op
 from fastinception.conv import Conv2d, memory_format
 from fastinception.conv_backward import conv_backward, inputs, library, padding
 from fastinception.module import hooked_globally, wrapped
-from fastinception.pool import MaxPool2d
+from fastinception.pool import MaxPool2d, is_around_every_second, is_launchable, launch
 
 # Bytes. glibc's malloc reuses what is smaller than its largest mmap threshold (DEFAULT_MMAP_THRESHOLD_MAX, 32 MiB),
 # header and alignment included. Larger pieces come fresh from the system: at batch 64 and 96 pixels the first
@@ -35,10 +35,15 @@ _POOL = 3, 2, 1  # kernel size, stride, padding
 
 
 class Stage(nn.Sequential):
-    """Run layers of which the last three are Conv2d, MaxPool2d and ReLU; on a CPU these in parts of a large batch.
+    """Run layers of which the last three are Conv2d, MaxPool2d and ReLU.
 
-    The same numbers: no image sees another. A part's convolution is pooled, and in the backward its gradient consumed,
-    while the cache holds it, and malloc reuses its memory; it is not kept for the backward.
+    On a CPU these in parts of a large batch: a part's convolution is pooled, and in the backward its gradient consumed,
+    while the cache holds it, and malloc reuses its memory; it is not kept for the backward. The same numbers: no image
+    sees another.
+
+    On a GPU, where the pool's ``backend`` lets Triton run, in eager inference in channels_last, the library's
+    convolution gets its bias, pool and ReLU in one launch: PyTorch passes over it for the bias, and its pool writes an
+    int64 index for each maximum.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -46,6 +51,9 @@ class Stage(nn.Sequential):
         if [type(layer) for layer in layers[-3:]] != [Conv2d, MaxPool2d, nn.ReLU]:
             run: Callable[[Tensor], Tensor] = super().forward
             return run(input)
+        backend = cast(MaxPool2d, layers[-2]).backend
+        if isinstance(input, Tensor) and (input.device.type == "cuda" or backend == "triton"):
+            return _in_few_launches(backend, input, layers)
         for layer in layers[:-3]:
             input = layer(input)
         conv, pool, relu = cast(tuple[Conv2d, MaxPool2d, nn.ReLU], layers[-3:])
@@ -58,6 +66,50 @@ class Stage(nn.Sequential):
                 y, _ = torch.ops.fastinception.conv_pool_relu(*(t.to(exact) for t in operands), conv.stride[0], saves)
                 return cast(Tensor, y.to(dtype))
         return cast(Tensor, relu(pool(conv(input))))
+
+
+def _in_few_launches(backend: str, x: Tensor, layers: list[Any]) -> Tensor:
+    *front, conv, pool, relu = layers
+    if [*map(type, front)] == [Conv2d, nn.ReLU] and _is_launched(backend, x, *front) and _is_dense(x, front[0]):
+        x = _conv_relu(x, front[0])
+    else:
+        for layer in front:
+            x = layer(x)
+    if not (_is_launched(backend, x, conv, pool, relu) and is_around_every_second(pool)):
+        return cast(Tensor, relu(pool(conv(x))))
+    y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+    # Images of one channel have both formats, and what their convolution has is the library's choice.
+    if is_launchable(y) and backends.by_triton(backend, y):
+        return launch(y, conv.bias)
+    return cast(Tensor, relu(pool(y.add_(conv.bias.view(-1, 1, 1)))))
+
+
+def _conv_relu(x: Tensor, conv: Conv2d) -> Tensor:
+    from fastinception.kernels.spatial import Conv, spatial
+
+    shape = x.shape[0], conv.out_channels, *x.shape[2:]
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    spatial([Conv(x, conv.weight, cast(Tensor, conv.bias), column=0)], out, None)
+    return out
+
+
+def _is_dense(x: Tensor, conv: Conv2d) -> bool:
+    settings = conv.kernel_size, conv.stride, conv.padding
+    return settings == ((1, 1), (1, 1), (0, 0)) and conv.weight.is_contiguous() and is_launchable(x)
+
+
+def _is_launched(backend: str, x: Tensor, conv: Conv2d, *others: nn.Module) -> bool:
+    """Tell whether Triton may compute a part of what a convolution and ``others`` do."""
+    return (
+        conv.bias is not None
+        and backends.by_triton(backend, x, conv.weight, conv.bias)
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not any(map(wrapped, (conv, *others)))
+        and not hooked_globally()
+        and conv.weight.shape == (conv.out_channels, x.shape[1], *conv.kernel_size)
+        and conv.bias.is_contiguous()
+        and (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, "zeros")
+    )
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:

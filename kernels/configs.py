@@ -116,11 +116,11 @@ class Sweep(NamedTuple):
 
 # Memory decides their time, whatever the shape: 16 bytes a lane in two-byte types, and enough programs.
 SPLIT = Sweep(64, 64, num_warps=4, steps=4)
-POOL_GRADIENT = Sweep(32, 64, num_warps=4)
+POOL = Sweep(32, 64, num_warps=4)
 SUM = Sweep(16, 128, num_warps=4)  # parts at a time, elements
 _INTERPRETED = {
     SPLIT: Sweep(128, 128, num_warps=4, steps=2),
-    POOL_GRADIENT: Sweep(128, 128, num_warps=4),
+    POOL: Sweep(128, 128, num_warps=4),
     SUM: Sweep(4, 16384, num_warps=4),
 }
 FEWER = 4  # times as few rows as were tuned for
@@ -287,8 +287,8 @@ class Strip(NamedTuple):
 def strips(tiles: Tiles, channels: int, gpu: Gpu) -> list[Strip]:
     """Return how one product among several, which writes ``channels``, is cut: as :func:`fit` says, and what is left.
 
-    What is left behind the last whole tile gets a tile of half or a quarter the width, if that holds it. Of 32 at
-    least: with 16, ptxas makes every tensor-core instruction of the kernel wait for the last one (sm_90).
+    What is left behind the last whole tile gets a tile of half its width or less, if that holds it. Of 32 at least:
+    with 16, ptxas makes every tensor-core instruction of the kernel wait for the last one (sm_90).
     """
     block_m, block_n = fit(tiles, channels, gpu)
     whole, left = divmod(channels, block_n)

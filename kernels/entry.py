@@ -83,7 +83,7 @@ def _gemm_tile(
 
 
 @triton.jit
-def _maximum(a, b, ASM: tl.constexpr):
+def maximum(a, b, ASM: tl.constexpr):
     """``max(a, b)``, NaN if either is: by ``ASM`` on pairs of 16-bit elements, by Triton's operator if it is None."""
     if ASM is None:
         return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
@@ -126,7 +126,7 @@ def _pool_step(
         elif SAVE:
             pooled, codes = _maximum_at(pooled, codes, value, code, MAX_ASM)
         else:
-            pooled = _maximum(pooled, value, MAX_ASM)
+            pooled = maximum(pooled, value, MAX_ASM)
     if PTX:
         # Impure, so that the maxima stay in the layout of the loads. The compiler would move them behind the change of
         # layout that the product needs: each of the nine loads would go through it, and each maximum be computed often.

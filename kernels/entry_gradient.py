@@ -105,7 +105,7 @@ def pool_gradient(grad: Tensor, codes: Tensor, out: Tensor) -> Launched:
 @configs.cached
 def _pool_launch(shape: torch.Size, channels_last: bool, gpu: target.Gpu) -> configs.Launch:
     n, channels, height, width = shape
-    rows, config = n * height * width, configs.sweep(configs.POOL_GRADIENT, gpu)
+    rows, config = n * height * width, configs.sweep(configs.POOL, gpu)
     tiles = configs.tiles(rows, config.block_m) * configs.tiles(channels, config.block_n)
     return configs.launch(
         tiles, (rows, channels, height, width, *out_strides(shape, channels_last)),

@@ -492,6 +492,41 @@ def test_pooled_values_go_through_shared_memory_once(compiled):
     assert pressure < 5
 
 
+# In a process without the interpreter: the pool with bias and ReLU, as behind the first convolution of bf16 and fp32.
+POOL = """
+import json, torch
+from unittest import mock
+from bench import aot
+from fastinception.kernels import pool, target
+
+kernel = pool._max_pool_kernel
+for chip in aot.CHIPS:
+    for dtype in (torch.bfloat16, torch.float32):
+        x, out = (
+            torch.empty(128, 64, side, side, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+            for side in (48, 24)
+        )
+        pool._max_pool_kernel = launched = aot._Recorder()
+        with mock.patch.object(target, "gpu", return_value=target.Gpu(chip, chip, 132)):
+            pool.max_pool(x, torch.empty(64, dtype=dtype, device="meta"), out)
+        made = aot.compile_launch(kernel, launched.args, launched.kwargs, chip)
+        if chip == "gfx942":
+            row = aot._read_amd(made.asm["amdgcn"])
+        else:
+            row = aot.read_nvidia(made, aot.disassemble([made], chip)[0])
+        print(json.dumps([chip, str(dtype), row]))
+"""
+
+
+def test_the_pool_around_the_blocks_reads_and_writes_16_bytes_at_a_time():
+    rows = [json.loads(line) for line in fresh.run(POOL).splitlines()]
+    assert len(rows) == 2 * len(aot.CHIPS)
+    for chip, dtype, row in rows:
+        assert row["stack"] == row["local"] == 0, (chip, dtype, row)
+        assert set(row["loads"]) == set(row["stores"]) == {"16"}, (chip, dtype, row)
+        assert row["registers"] <= 80, (chip, dtype, row)
+
+
 # In a process without the interpreter. Of each kernel: what is said of its machine code, and the orders of the layouts
 # in which it moves the numbers that are NCHW, loads of the split and stores of the others.
 NCHW = """

@@ -62,7 +62,7 @@ def large_tiles(monkeypatch):
             monkeypatch.setitem(configs.DEFAULTS, kernel, lambda dtype, chip, tiles=tiles: tiles)
         sweeps = {
             configs.SPLIT: configs.Sweep(64, size, num_warps=4, steps=4),  # NumPy adds the rows of a tile in one chain
-            configs.POOL_GRADIENT: configs.Sweep(size, size, num_warps=4),
+            configs.POOL: configs.Sweep(size, size, num_warps=4),
             configs.SUM: configs.Sweep(2, size**2, num_warps=4),
         }
         monkeypatch.setattr(configs, "_INTERPRETED", sweeps)

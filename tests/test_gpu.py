@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,9 @@ from bench.gpu.baselines import truncated
 from bench.gpu.case import Context
 from bench.gpu.kernels import Block, Shape
 from bench.gpu.timing import HostTimer
-from fastinception import FastInception, Inception
+from fastinception import FastInception, GoogLeNet, Inception
 from fastinception.googlenet import WIDTHS, Widths
-from fastinception.kernels import target
+from fastinception.kernels import replay, target
 from tests import fresh
 
 pytest.importorskip("triton")
@@ -186,6 +187,33 @@ def test_operands_that_are_not_aligned(format):
 @pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
 def test_a_gradient_of_one_number(format):
     _check_step(SMALL, (2, 6, 6), LOW, format, expanded=True)
+
+
+@pytest.mark.device
+def test_the_stem_in_few_launches(monkeypatch):
+    launched, launch = [], replay.launch
+
+    def noted(kernel, *args):
+        launched.append((kernel.fn.__name__, args[2] is not None))  # a pool by itself has no bias
+        return launch(kernel, *args)
+
+    monkeypatch.setattr(replay, "launch", noted)
+    torch.manual_seed(0)
+    net = GoogLeNet(block=partial(FastInception, backend="triton"), in_channels=3).to(DEVICE, LOW)
+    net = net.to(memory_format=torch.channels_last)
+    x = _images(3, 3, 33, 30, dtype=LOW)
+    x[0, 0, 0, 0], x[1, 0, -1, -1] = torch.nan, -torch.inf
+    for stage in net[:2]:
+        with torch.inference_mode():
+            found = stage(x)
+            stage[-2].backend = "aten"
+            expected = nn.Sequential(*stage)(x)
+        assert expected.isnan().any()
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2, equal_nan=True)
+        assert found.stride() == expected.stride()
+        x = expected.nan_to_num(1.0, 1.0, 0.0)
+        x[2, 5, 3, 2] = torch.nan
+    assert launched == [("_max_pool_kernel", True), ("_spatial_kernel", True), ("_max_pool_kernel", True)]
 
 
 @pytest.mark.gpu

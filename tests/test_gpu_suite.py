@@ -88,6 +88,9 @@ def test_every_part_is_there_right_and_labelled(dry: Path) -> None:
     } <= variants
     assert {"entry", "spatial"} <= variants_of("kernels")
     assert len(_strict(dry / "networks.json")["cases"]) == 2
+    profiled = {row["variant"]: row for row in _strict(dry / "profile.json")["cases"]["training 2x32x32"]["rows"]}
+    assert profiled["plain: aten::convolution_backward"]["calls"] == 57  # of one step
+    assert profiled["FastInception: aten::convolution_backward"]["dry_us"] > 0
     for name in ("inference", "training"):
         assert {f"{name}, launch 1: _entry_kernel", f"{name}, launch 2: _spatial_kernel"} <= variants_of("passes")
 

@@ -1,12 +1,16 @@
-"""MaxPool2d: torch.nn's values and gradients, and under torch.compile on a CPU ATen's kernels for both."""
+"""MaxPool2d: torch.nn's values and gradients, compiled for a CPU by ATen's kernels, without gradients by Triton."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fastinception import MaxPool2d
+from fastinception.kernels import target
 
 SETTINGS = [
     {"kernel_size": 3, "stride": 2, "padding": 1},
@@ -92,3 +96,123 @@ def test_a_compiled_functorch_transform():
         for pool in (MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, 1))
     )
     torch.testing.assert_close(found, expected)
+
+
+needs_interpreter = pytest.mark.skipif(not target.interpreted(), reason="runs in Triton's interpreter, on CPU tensors")
+
+
+def half(**settings: Any) -> MaxPool2d:
+    """Return a pool of windows of 3x3 at every second pixel that asks for Triton."""
+    pool = MaxPool2d(**{"kernel_size": 3, "stride": 2, "padding": 1} | settings)
+    pool.backend = "triton"
+    return pool
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[bool]:
+    """Return a list that grows by one for each launch, True where it adds a bias."""
+    kernel = pytest.importorskip("fastinception.kernels.pool")
+    made: list[bool] = []
+    original = kernel.max_pool
+    monkeypatch.setattr(
+        kernel, "max_pool", lambda x, bias, out: made.append(bias is not None) or original(x, bias, out)
+    )
+    return made
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(1, 2), (2, 1), (7, 8), (12, 12), (9, 3)], ids=str)
+@pytest.mark.parametrize("channels", [3, 64, 130])
+def test_by_triton_the_values_are_torchs(channels, size, dtype, launches):
+    x = torch.randn(3, channels, *size).round().to(dtype)
+    x[0, :, -1, -1], x[1, :, 0, 0], x[2, :, 0, -1], x[2, 1] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    x = x.contiguous(memory_format=torch.channels_last)
+    found, expected = half()(x), nn.MaxPool2d(3, 2, 1)(x)
+    assert launches == [False]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@needs_interpreter
+def test_a_launch_writes_each_output_and_nothing_else():
+    kernel = pytest.importorskip("fastinception.kernels.pool")
+    x = torch.randn(2, 5, 9, 6).contiguous(memory_format=torch.channels_last)
+    space = torch.full((2 * 5 * 3 * 5 + 8,), torch.nan)
+    out = space[4:-4].view(2, 5, 3, 5).permute(0, 3, 1, 2)
+    kernel.max_pool(x, None, out)
+    assert torch.equal(out, nn.MaxPool2d(3, 2, 1)(x))
+    assert space.isnan().sum() == 8
+
+
+class Own(Tensor):
+    """A tensor of another class."""
+
+
+# How each makes of an image what Triton does not serve.
+UNSERVED = {
+    "format": Tensor.contiguous,
+    "grad": lambda x: x.requires_grad_(),
+    "dtype": lambda x: x.to(torch.bfloat16),
+    "3-D": lambda x: x[0],
+    "empty": lambda x: x[:0],
+    "subclass": lambda x: x.as_subclass(Own),
+    "vmap": lambda x: x[None],
+    "negated": torch._neg_view,
+    "zeros": lambda x: torch._efficientzerotensor(x.shape),
+    "one channel": lambda x: x[:, :1].contiguous(),
+    "one pixel": lambda x: x[:, :, :1, :1].contiguous(),
+}
+
+
+@needs_interpreter
+@pytest.mark.parametrize("change", ["nothing", "settings", "ceil", "indices", *UNSERVED, "autocast", "compiled"])
+def test_what_triton_does_not_serve_is_torchs_own(change, launches):
+    x = UNSERVED.get(change, Tensor.detach)(torch.randn(2, 5, 8, 6).contiguous(memory_format=torch.channels_last))
+    settings = {"settings": {"stride": 1}, "ceil": {"ceil_mode": True}, "indices": {"return_indices": True}}
+    run = half(**settings.get(change, {}))
+    own = nn.MaxPool2d(run.kernel_size, run.stride, run.padding, 1, run.return_indices, run.ceil_mode)
+    if change == "vmap":
+        run, own = torch.vmap(run), torch.vmap(own)
+    if change == "compiled":
+        run = torch.compile(run, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", enabled=change == "autocast"):
+        found, expected = run(x), own(x)
+    assert launches == ([False] if change == "nothing" else [])
+    assert type(found) is type(expected)
+    if change != "indices":
+        assert found.stride() == expected.stride()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_settings_are_left_to_torch(launches):
+    """As it takes them, in a constructor or set later."""
+    x = torch.randn(2, 5, 8, 6).contiguous(memory_format=torch.channels_last)
+    for pool in (half(kernel_size=np.int64(2), padding=0), half()):
+        if pool.kernel_size == 3:
+            pool.stride = None
+        own = nn.MaxPool2d(pool.kernel_size, pool.stride, pool.padding)
+        own.stride = pool.stride
+        assert torch.equal(pool(x), own(x))
+    with pytest.raises((RuntimeError, TypeError)) as expected:
+        nn.MaxPool2d(3, 2, 5)(x)
+    with pytest.raises(type(expected.value)) as found:
+        half(padding=5)(x)
+    assert str(found.value) == str(expected.value)
+    assert half()(x.to("meta")).shape == (2, 5, 4, 3)
+    assert launches == []
+
+
+@pytest.mark.parametrize("value", ["aten", "auto", ""])
+def test_the_environment_chooses_a_pools_backend(value, monkeypatch):
+    monkeypatch.setenv("FASTINCEPTION_BACKEND", value)
+    assert MaxPool2d(3, 2, 1).backend == (value or "auto")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("backend", ["auto", "aten"])
+def test_without_a_gpu_triton_is_asked_for(backend, launches):
+    pool = half()
+    pool.backend = backend
+    pool(torch.randn(2, 5, 8, 6).contiguous(memory_format=torch.channels_last))
+    assert launches == []

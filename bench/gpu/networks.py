@@ -1,13 +1,16 @@
-"""Time GoogLeNet: inference at four batch sizes and training at two, plain and fast, in bf16."""
+"""Time GoogLeNet: inference at four batch sizes and training at two, plain and fast, in bf16; and its kernels."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
 from bench.agreement import check_weights, errors, truth
 from bench.gpu.baselines import compilations, fused_googlenet
@@ -37,6 +40,8 @@ WORKLOADS = (
     Workload("inference", 32, 224),
 )
 TINY = (Workload("inference", 2, 32), Workload("training", 2, 32))
+PROFILED = 5  # passes that are added up
+NAMED = 30  # kernels that have a row of their own
 
 
 def cases(how: str, context: Context) -> list[Case]:
@@ -87,3 +92,42 @@ def _network(workload: Workload, how: str, context: Context) -> list[Row]:
     unit = context.timer.unit
     rate = unit.replace("us", "examples_per_second")
     return [row | ({rate: round(1e6 * workload.batch / row[unit], 1)} if unit in row else {}) for row in rows]
+
+
+def profile(context: Context) -> list[Case]:
+    """List the workloads at 96 pixels: how long the device ran each kernel of a pass or a step, plain and fast."""
+    workloads = TINY if context.dry else WORKLOADS[:2]
+    return [Case(str(w), partial(_profile, w, context), seconds=15.0) for w in workloads]
+
+
+def _profile(workload: Workload, context: Context) -> list[Row]:
+    batch = load_batch(workload.batch, workload.image_size, context.device, synthetic=True)
+    activity, device = (
+        (ProfilerActivity.CPU, DeviceType.CPU) if context.dry else (ProfilerActivity.CUDA, DeviceType.CUDA)
+    )
+    rows: list[Row] = []
+    for name, net in {"plain": GoogLeNet, "FastInception": partial(GoogLeNet, block=FastInception)}.items():
+        made = xavier_uniform_(net())
+        dtype = "fp32" if context.dry else "bf16"
+        run = Runner(made, batch.images, batch.labels, mode=workload.mode, dtype=dtype)
+        for _ in range(3):  # compiles, and chooses algorithms
+            run()
+        context.timer.sync()
+        with torch.profiler.profile(activities=[activity], acc_events=True) as recorded:
+            for _ in range(PROFILED):
+                run()
+            context.timer.sync()
+        times: Counter[str] = Counter()
+        calls: Counter[str] = Counter()
+        for event in recorded.events():
+            if event.device_type == device:
+                times[event.name] += event.time_range.elapsed_us()
+                calls[event.name] += 1
+        unit = context.timer.unit
+
+        def row(variant: str, us: float, count: int, unit: str = unit) -> Row:
+            return {"variant": variant, unit: round(us / PROFILED, 2), "calls": round(count / PROFILED, 1)}
+
+        rows.append(row(f"{name}: all", times.total(), calls.total()))
+        rows += [row(f"{name}: {kernel}", us, calls[kernel]) for kernel, us in times.most_common(NAMED)]
+    return rows
