@@ -107,10 +107,15 @@ def by_triton(backend: str, x: Tensor, *params: Tensor) -> bool:
         and all(t.dtype is x.dtype and t.device == x.device for t in params)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in operands))
         and x.dim() == 4
-        and 0 < x.shape[0] * x.shape[2] * x.shape[3] <= _MOST_PIXELS
         and x.shape[1] > 0
+        and are_countable(x)
         and target.without_products(x.device) is None
     )
+
+
+def are_countable(x: Tensor) -> bool:
+    """Tell whether images have pixels, and as few as the kernels count."""
+    return 0 < x.shape[0] * x.shape[2] * x.shape[3] <= _MOST_PIXELS
 
 
 def _too_large(x: Tensor, params: Sequence[Tensor]) -> str | None:

@@ -79,7 +79,7 @@ def _in_few_launches(backend: str, x: Tensor, layers: list[Any]) -> Tensor:
         return cast(Tensor, relu(pool(conv(x))))
     y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
     # Images of one channel have both formats, and what their convolution has is the library's choice.
-    if is_launchable(y) and backends.by_triton(backend, y):
+    if is_launchable(y) and backends.are_countable(y):
         return launch(y, conv.bias)
     return cast(Tensor, relu(pool(y.add_(conv.bias.view(-1, 1, 1)))))
 
