@@ -97,20 +97,25 @@ def by_triton(backend: str, x: Tensor, *params: Tensor) -> bool:
         return False
     operands = x, *params
     return (
-        target.unsupported(x.device, x.dtype) is None
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in operands))  # early: training asks, too
+        and target.unsupported(x.device, x.dtype) is None
         and special_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch.is_autocast_enabled(x.device.type)
         and {*map(type, operands)} <= PLAIN
-        and not any(t.is_neg() or t._is_zerotensor() for t in operands)
+        and not any(map(only_dispatched, operands))
         and all(t.dtype is x.dtype and t.device == x.device for t in params)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in operands))
         and x.dim() == 4
         and x.shape[1] > 0
         and are_countable(x)
         and target.without_products(x.device) is None
     )
+
+
+def only_dispatched(t: Tensor) -> bool:
+    """Tell whether the memory of ``t`` is not what it stands for: batched (is_grads_batched), negated, known zeros."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(t) or t.is_neg() or t._is_zerotensor())
 
 
 def are_countable(x: Tensor) -> bool:

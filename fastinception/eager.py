@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastinception import custom_op, ops
+from fastinception.backends import only_dispatched
 from fastinception.kernels import replay
 
 
@@ -32,18 +33,13 @@ class _Inception(torch.autograd.Function):
         if grad_out is None:
             return (None,) * 15
         needs, saved = custom_op.needed(ctx, 13), ctx.saved_tensors
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or watched() or _only_dispatched(grad_out):
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or watched() or only_dispatched(grad_out):
             grads: Sequence[Tensor | None] = ops.DIFFERENTIATED[ctx.backend](grad_out, saved, needs)
         elif ctx.backend == "aten":
             grads = ops.aten_gradients(grad_out, *saved, needs)
         else:
             grads = ops.triton_gradients(ctx.known, grad_out, *saved, needs)
         return None, None, *grads
-
-
-def _only_dispatched(t: Tensor) -> bool:
-    """Tell whether the memory of ``t`` is not what it stands for: batched (is_grads_batched), negated, known zeros."""
-    return bool(torch._C._functorch.is_legacy_batchedtensor(t) or t.is_neg() or t._is_zerotensor())
 
 
 def watched() -> bool:

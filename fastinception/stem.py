@@ -104,12 +104,22 @@ def _is_launched(backend: str, x: Tensor, conv: Conv2d, *others: nn.Module) -> b
         conv.bias is not None
         and backends.by_triton(backend, x, conv.weight, conv.bias)
         and x.is_contiguous(memory_format=torch.channels_last)
-        and not any(map(wrapped, (conv, *others)))
-        and not hooked_globally()
-        and conv.weight.shape == (conv.out_channels, x.shape[1], *conv.kernel_size)
         and conv.bias.is_contiguous()
-        and (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, "zeros")
+        and not _is_watched(conv, *others)
+        and _is_simple(x, conv)
     )
+
+
+def _is_watched(*layers: nn.Module) -> bool:
+    """Tell whether a hook may want what goes into one of the layers, or comes out of it."""
+    return any(map(wrapped, layers)) or hooked_globally()
+
+
+def _is_simple(x: Tensor, conv: Conv2d) -> bool:
+    """Tell whether a convolution of ``[N, C, H, W]`` has the weight of its settings, and zeros around the image."""
+    shape = conv.out_channels, x.shape[1], *conv.kernel_size
+    settings = conv.dilation, conv.groups, conv.padding_mode
+    return conv.weight.shape == shape and settings == ((1, 1), 1, "zeros")
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
@@ -120,8 +130,8 @@ def _is_served(x: Tensor, conv: Conv2d, pool: MaxPool2d, relu: nn.ReLU) -> bool:
     """Tell whether the operator below computes what the three layers do."""
     if backends.special_state() is not None:  # first: a trace would keep, and compare, what is asked of shapes
         return False
-    if any(map(wrapped, (conv, pool, relu))) or hooked_globally() or conv.bias is None:
-        return False  # a hook may want the whole batch
+    if _is_watched(conv, pool, relu) or conv.bias is None:
+        return False
     operands = x, conv.weight, conv.bias
     if not {*map(type, operands)} <= backends.PLAIN or any(t.device.type != "cpu" for t in operands):
         return False
@@ -131,14 +141,11 @@ def _is_served(x: Tensor, conv: Conv2d, pool: MaxPool2d, relu: nn.ReLU) -> bool:
     kernel_h, kernel_w = conv.kernel_size
     return (
         x.dim() == 4
-        and conv.weight.shape == (conv.out_channels, x.shape[1], kernel_h, kernel_w)
+        and _is_simple(x, conv)
         and kernel_h % 2 == kernel_w % 2 == 1
         and conv.stride in ((1, 1), (2, 2))
-        and (conv.padding, conv.dilation) == ((kernel_h // 2, kernel_w // 2), (1, 1))
-        and (conv.groups, conv.padding_mode) == (1, "zeros")
-        and (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (*_POOL, 1)
-        and not pool.ceil_mode
-        and not pool.return_indices
+        and conv.padding == (kernel_h // 2, kernel_w // 2)
+        and is_around_every_second(pool)
     )
 
 

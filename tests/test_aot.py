@@ -44,27 +44,31 @@ COMMANDS = (
     # A tile of a quarter of the channels, which has twice the pixels, with the fewest registers to spare.
     ["--chips", "sm_80", "--blocks", "3a", "--dtypes", "fp32", "--kernels", "spatial"],
 )
-# Issue pressure of the default tiles on sm_90, by the kernel and the mode: of the pool's loop the limits of DESIGN, of
-# the others what was reached by the whole launch, over the tensor cycles of what it computes, without those of the
-# tiles' padding: a wide tile half of which is padding has no smaller pressure. (With it, as in LOOPS, DESIGN allows
-# the GEMM 0.6 and the spatial level 0.5.)
+# Issue pressure of the default tiles on sm_90, by the kernel and the mode: what was reached, and of the pool the limits
+# of DESIGN, which allows the GEMM 0.6 and the spatial level 0.5. It is the whole launch's: a tile of few channels alone
+# has little work for the tensor cores and as many instructions as a wide one. Over the cycles of whole tiles, as a
+# narrower last one may have no more instructions than the one in whose place it is.
 LIMITS = {
-    "entry gemm": {"infer": 0.41, "train": 0.41},
+    "entry gemm": {"infer": 0.31, "train": 0.31},
     "entry pool": {"infer": 2.5, "train": 5},
-    "spatial": {"infer": 0.53, "train": 0.53},
-    "data_gradient": {"train": 0.8},
-    "entry_gradient": {"train": 0.59},
-    "weight_gradient": {"train": 0.9},
+    "spatial": {"infer": 0.45, "train": 0.45},
+    "data_gradient": {"train": 0.63},
+    "entry_gradient": {"train": 0.53},
+    "weight_gradient": {"train": 0.6},
 }
+# In 3a the 5x5 has 32 channels, and 1.02 by itself. In 3b it has 32 to read, and its gradient adds up 96: a larger part
+# of the launch than in other blocks.
+EXCEPTIONS = {("3a", "spatial"): 0.47, ("3b", "data_gradient"): 0.69}
+DESIGN = {"entry gemm": 0.6, "spatial": 0.5}  # over the cycles of the tiles as they are
+# Over those of what is computed, without the tiles' padding: what was reached.
+ASKED = {"entry gemm": 0.41, "spatial": 0.53, "data_gradient": 0.8, "entry_gradient": 0.59, "weight_gradient": 0.9}
 # Where a third of the tiles is padding: 208 channels of the 3x3 in 4a, which take two tiles of 128, the gradients of 96
 # and 192, and in 3a the products of 32 channels.
-EXCEPTIONS = {
+ASKED_EXCEPTIONS = {
     ("4a", "spatial"): 0.56,
     ("3a", "data_gradient"): 0.92, ("4a", "data_gradient"): 0.85, ("4d", "data_gradient"): 0.83,
     ("3a", "entry_gradient"): 0.75, ("3a", "weight_gradient"): 1.01,
 }  # fmt: skip
-# With the padding.
-LOOPS = {"entry gemm": 0.38, "spatial": 0.5, "data_gradient": 0.77, "entry_gradient": 0.53, "weight_gradient": 0.6}
 
 # Two warpgroups. The loop from 0x10 to 0xb0 has 11 instructions, two products and two groups of copies, one each.
 PIPELINED = """
@@ -426,22 +430,32 @@ def test_operands_are_loaded_16_bytes_at_a_time(compiled):
         assert wide >= (4 if row["images"] == FEW else 8), name(row)
 
 
+def cycles_of_whole_tile(loops: dict[str, dict[str, Any]], part: str) -> float:
+    """Return the tensor cycles of a loop's step, of a narrower last tile's those of a tile as wide as the others."""
+    whole = loops[part.partition(" from ")[0]]
+    return whole["tensor_cycles"] * loops[part]["tile"][0] / whole["tile"][0]
+
+
 def test_issue_pressure_of_the_default_tiles(compiled):
     checked = set()
     for row in compiled:
         if row["chip"] != "sm_90" or row["kernel"] in SWEEPS or row["images"] != "128x14":
             continue  # of few pixels each tile has a processor of its own, and latency decides
-        parts: dict[str, list[dict[str, Any]]] = {}
+        parts: dict[str, dict[str, dict[str, Any]]] = {}
         for loop_name, loop in row["loops"].items():
             part = row["kernel"] + (f" {loop_name.partition(' ')[0]}" if row["kernel"] == "entry" else "")
-            parts.setdefault(part, []).append(loop)
+            parts.setdefault(part, {})[loop_name] = loop
         for part, loops in parts.items():
-            issue = sum(loop["steps"] * loop["issue_cycles"] for loop in loops)
-            tensor = sum(loop["steps"] * loop["tensor_cycles"] for loop in loops)
-            asked = tensor if part == "entry pool" else sum(loop["asked_cycles"] for loop in loops)
-            limit = EXCEPTIONS.get((row["block"], part), LIMITS[part][row["mode"]])
-            assert issue / asked <= limit, f"{name(row)}: {part}"
-            assert issue / tensor <= LOOPS.get(part, limit), f"{name(row)}: {part}"
+            issue = sum(loop["steps"] * loop["issue_cycles"] for loop in loops.values())
+            tensor = sum(loop["steps"] * loop["tensor_cycles"] for loop in loops.values())
+            asked = sum(loop["asked_cycles"] for loop in loops.values())
+            whole = sum(loop["steps"] * cycles_of_whole_tile(loops, loop_name) for loop_name, loop in loops.items())
+            told = f"{name(row)}: {part}"
+            assert issue / whole <= EXCEPTIONS.get((row["block"], part), LIMITS[part][row["mode"]]), told
+            if part in DESIGN:
+                assert issue / tensor <= DESIGN[part], told
+            if part in ASKED:
+                assert issue / asked <= ASKED_EXCEPTIONS.get((row["block"], part), ASKED[part]), told
             if row["kernel"] != "entry":
                 assert row["launch_pressure"] == pytest.approx(issue / asked)
                 assert row["padding"] == pytest.approx(tensor / asked)

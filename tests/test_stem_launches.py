@@ -1,0 +1,209 @@
+"""The stem's stages by Triton, in eager inference: fewer launches than layers, and their numbers."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastinception import Conv2d, FastInception, GoogLeNet, MaxPool2d
+from fastinception.kernels import target
+from fastinception.stem import Stage
+
+CL = torch.channels_last
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[str]:
+    """Return a list that gets the name of each kernel that is launched, but for a pool by itself."""
+    pytest.importorskip("triton")
+    from fastinception.kernels import replay
+
+    made: list[str] = []
+    original = replay.launch
+
+    def launch(kernel, how, x, bias, *others):
+        if bias is not None:
+            made.append(kernel.fn.__name__)
+        return original(kernel, how, x, bias, *others)
+
+    monkeypatch.setattr(replay, "launch", launch)
+    return made
+
+
+needs_interpreter = pytest.mark.skipif(not target.interpreted(), reason="runs in Triton's interpreter, on CPU tensors")
+LAUNCHED = [["_max_pool_kernel"], ["_spatial_kernel", "_max_pool_kernel"]]
+
+
+def integers(*shape: int, high: int) -> Tensor:
+    """Return small integers: every sum of their products is exact in float16."""
+    return torch.randint(-high, high + 1, shape).float()
+
+
+def by_triton(which: int, channels: int = 3, height: int = 25, width: int = 22) -> tuple[Stage, Tensor]:
+    """Return the first or the second stage, of small integers, which asks for Triton, and three images of it."""
+    torch.manual_seed(0)
+    own = GoogLeNet(block=FastInception, in_channels=channels)[which]
+    own[-2].backend = "triton"
+    with torch.no_grad():
+        for p in own.parameters():
+            p.copy_(integers(*p.shape, high=1))
+    x = integers(3, (channels, 64)[which], height, width, high=4)
+    return own.to(memory_format=CL), x.contiguous(memory_format=CL)
+
+
+def by_layers(own: Stage, x: Tensor) -> Tensor:
+    """Return what the layers compute, without Triton in the pool."""
+    backend, own[-2].backend = own[-2].backend, "aten"
+    try:
+        return nn.Sequential(*own)(x)
+    finally:
+        own[-2].backend = backend
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("which", [0, 1])
+def test_inference_is_that_of_the_layers(which, dtype, launches):
+    for channels, height, width in ((1, 25, 22), (3, 8, 9), (4, 1, 2)):
+        launches.clear()
+        own, x = by_triton(which, channels, height, width)
+        own, x = own.to(dtype), x.to(dtype)
+        x[0, 0, 0, 0], x[1, 0, -1, -1], x[2, 0, 0, -1] = torch.nan, torch.inf, -torch.inf
+        with torch.no_grad():
+            found = own(x)
+            assert launches == LAUNCHED[which]
+            expected = by_layers(own, x)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        assert found.is_contiguous(memory_format=CL)
+        assert expected.isnan().any()
+        assert expected.isinf().any() or height == 1 or which == 1  # where infinities meet weights of 0
+
+
+@needs_interpreter
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(
+    "change", ["grad", "format", "autocast", "dtype", "mode", "compiled", "global hook", "padding"]
+)
+def test_where_triton_does_not_serve_the_layers_run(change, which, launches, passing):
+    own, x = by_triton(which)
+    run, expected = own, functools.partial(by_layers, own)
+    if change == "format":
+        own, x = own.to(memory_format=torch.contiguous_format), x.contiguous()
+    if change == "dtype":
+        x = x.double()
+    if change == "padding":
+        for conv in (own[0], own[-3]):
+            conv.padding_mode = "circular"
+    if change == "compiled":
+        run = torch.compile(own, backend="aot_eager", fullgraph=True)
+    hook = nn.modules.module.register_module_forward_hook(lambda *args: None) if change == "global hook" else None
+    mode = passing() if change == "mode" else torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast")
+    results = []
+    for function in (run, expected):
+        with torch.set_grad_enabled(change == "grad"), mode:
+            try:
+                results.append(function(x))
+            except RuntimeError as error:
+                results.append(str(error))
+    if hook is not None:
+        hook.remove()
+    assert launches == []
+    if change == "dtype":
+        assert results[0] == results[1]
+    else:
+        assert torch.equal(*results)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("place", range(5))
+def test_a_hooked_layer_and_those_it_shares_a_launch_with_are_called(place, launches):
+    own, x = by_triton(1)
+    seen: list[torch.Size] = []
+    own[place].register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    with torch.no_grad():
+        assert torch.equal(own(x), by_layers(own, x))
+    assert len(seen) == 2
+    assert launches == (["_max_pool_kernel"] if place < 2 else ["_spatial_kernel"])
+
+
+@needs_interpreter
+def test_a_convolution_of_one_channel_in_nchw(launches):
+    """The images have both formats, and the result has the weight's."""
+    own, x = by_triton(0, 1)
+    own, x = own.to(memory_format=torch.contiguous_format), x.contiguous()
+    assert x.is_contiguous(memory_format=CL)
+    with torch.no_grad():
+        found, expected = own(x), by_layers(own, x)
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("dtype", "exact"), [(torch.float16, 0.0), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("which", [0, 1])
+def test_all_is_as_exact_as_by_the_layers(which, dtype, exact, launches):
+    own, x = by_triton(which)
+    for p in own.parameters():
+        nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    torch.manual_seed(0)
+    x = torch.randn(x.shape).contiguous(memory_format=CL)
+    own, x = own.to(dtype), x.to(dtype)
+    with torch.no_grad():
+        found, plain = own(x), by_layers(own, x)
+        truth = by_layers(own.double(), x.double())
+    assert launches == LAUNCHED[which]
+    assert (found - truth).norm() <= 2 * (plain - truth).norm() + exact * truth.norm()
+
+
+@needs_interpreter
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_weight_of_another_kernel_is_that_of_the_layers(which, launches):
+    own, x = by_triton(which)
+    with torch.no_grad():
+        for conv in (own[0], own[-3]):
+            conv.weight = nn.Parameter(integers(*conv.weight.shape[:2], 5, 5, high=4))
+        assert torch.equal(own(x), by_layers(own, x))
+    assert launches == []
+
+
+@needs_interpreter
+def test_without_a_bias_and_with_other_pools_the_layers_run(launches):
+    for conv, pool in (
+        (Conv2d(3, 8, 3, padding=1, bias=False), MaxPool2d(3, 2, 1)),
+        (Conv2d(3, 8, 3, padding=1), MaxPool2d(2)),
+        (Conv2d(3, 6, 3, padding=1, groups=3), MaxPool2d(3, 2, 1)),
+        (Conv2d(3, 6, 3, padding=2, dilation=2), MaxPool2d(3, 2, 1)),
+    ):
+        own = Stage(conv, pool, nn.ReLU()).to(memory_format=CL)
+        own[-2].backend = "triton"
+        x = torch.randn(2, 3, 8, 8).contiguous(memory_format=CL)
+        with torch.no_grad():
+            assert torch.equal(own(x), by_layers(own, x))
+    assert launches == []
+
+
+@pytest.mark.parametrize("backend", ["auto", "aten", "triton"])
+def test_the_network_around_the_blocks_has_their_backend(backend):
+    net = GoogLeNet(block=functools.partial(FastInception, backend=backend))
+    pools = [net[0][-2], net[1][-2], net[2][-1], net[3][-1], net[1][2:][-2]]
+    assert {pool.backend for pool in pools} == {net[2][0].backend}
+
+
+@needs_interpreter
+def test_an_empty_batch_and_wrong_images_are_those_of_the_layers(launches):
+    own, x = by_triton(0)
+    with torch.no_grad():
+        assert own(x[:0]).shape == (0, 64, 7, 6)
+        for which, channels in ((0, 4), (1, 63)):
+            own, x = by_triton(which)
+            other = torch.empty(2, channels, 48, 48).contiguous(memory_format=CL)
+            for wrong in (other, x[0, 0], x.to(torch.int32)):
+                with pytest.raises((RuntimeError, ValueError)) as expected:
+                    by_layers(own, wrong)
+                with pytest.raises(type(expected.value)) as found:
+                    own(wrong)
+                assert str(found.value) == str(expected.value)
+    assert launches == []
