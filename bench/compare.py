@@ -84,13 +84,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices")
     usual = ["fp32", "bf16"]
     # There the plain network takes many times as long as in fp32, and no one should wait for that unasked.
-    args.left_out = [] if args.dtype else _emulated(usual, args.device)
+    args.left_out = [] if args.dtype else [d for d in usual if backends.is_emulated(DTYPES[d], args.device)]
     args.dtype = list(dict.fromkeys(args.dtype or [dtype for dtype in usual if dtype not in args.left_out]))
     return args
-
-
-def _emulated(dtypes: list[str], device: torch.device) -> list[str]:
-    return [dtype for dtype in dtypes if backends.emulated(DTYPES[dtype], device)]
 
 
 def run(
@@ -109,11 +105,10 @@ def run(
             comparison.note(f"no compiled rows: torch.compile does not work here: {failure}")
         if args.quick:
             comparison.note("--quick: fewer rounds; no max-autotune; no compiled training on a CPU")
-        for dtype in _emulated(args.dtype, args.device):
-            comparison.note(
-                f"this CPU has no {dtype} products: PyTorch emulates them, FastInception and the convolutions alone "
-                "compute in fp32"
-            )
+        for dtype in args.dtype:
+            if backends.is_slower(DTYPES[dtype], args.device):
+                wide = "FastInception and the convolutions alone compute in fp32"
+                comparison.note(f"this CPU is slower in {dtype} than in fp32: {wide}")
         for dtype in args.left_out:
             comparison.note(f"no {dtype} rows: PyTorch emulates it on this CPU, slowly; --dtype {dtype} measures it")
         groups = [(mode, dtype) for mode in modes(args) for dtype in args.dtype]

@@ -23,24 +23,22 @@ class Convolutions:
         net: the network whose convolutions are listed, in the order of one forward pass.
         images: fp32 ``[N, C, H, W]`` on the device to measure.
         mode: ``"inference"`` or ``"training"``.
-        dtype: a key of ``DTYPES``; computed in fp32 where a CPU emulates it.
+        dtype: a key of ``DTYPES``; computed in fp32 where FastInception does, on a CPU that is slower in it.
     """
 
     def __init__(self, net: nn.Module, images: Tensor, *, mode: str, dtype: str) -> None:
         self.net, self.training = net.to(images.device), mode == "training"
-        computed = torch.float32 if backends.emulated(DTYPES[dtype], images.device) else DTYPES[dtype]
         self.calls: list[tuple[nn.Conv2d, Tensor, Tensor, Tensor, Tensor]] = []
-
-        def prepare(tensor: Tensor) -> Tensor:
-            # Not contiguous(), which leaves one channel's strides as they are: they read as NCHW.
-            return tensor.detach().to(computed).to(memory_format=torch.channels_last)
 
         def record(conv: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             assert isinstance(conv, nn.Conv2d)
             assert conv.bias is not None
-            bias = conv.bias.detach().to(computed)
+            computed = torch.float32 if backends.widened(DTYPES[dtype], inputs[0]) else DTYPES[dtype]
+            tensors = inputs[0], conv.weight, torch.randn_like(output)
+            # Not contiguous(), which leaves one channel's strides as they are: they read as NCHW.
+            x, weight, grad = (t.detach().to(computed).to(memory_format=torch.channels_last) for t in tensors)
             # A ReLU behind a convolution blocks about half of the gradient; its values change no time.
-            self.calls.append((conv, prepare(inputs[0]), prepare(conv.weight), bias, prepare(torch.randn_like(output))))
+            self.calls.append((conv, x, weight, conv.bias.detach().to(computed), grad))
 
         handles = [m.register_forward_hook(record) for m in net.modules() if isinstance(m, nn.Conv2d)]
         with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,19 +23,31 @@ _MOST_PIXELS = 2**31 - 2**12
 _MOST_IN_FIVE_ROWS = 2**31  # a 5x5 kernel has four rows below its first, and reads five pixels of the last
 
 
-def _emulated() -> frozenset[torch.dtype]:
-    """Return the dtypes whose products this CPU lacks: PyTorch's own loops then take many times as long as float32."""
+def _widened(cpu: Mapping[str, Any]) -> dict[torch.dtype, int]:
+    """Return the dtypes in which this CPU is slower than in float32, and from how many pixels on.
+
+    Zero where PyTorch's own loops take many times as long. That is where a CPU has no products of the dtype, and for
+    float16 where only tensor tiles (AMX) differentiate weights: the library's reference takes 500 times as long.
+    Intel's cores without tiles multiply bfloat16 at half of float32's rate (Emerald Rapids with AMX masked: 165
+    and 321 GFLOP/s); GoogLeNet gained from 4 images of 96 pixels on, before that it lost by the weights' casts.
+
+    Args:
+        cpu: what ``torch.cpu.get_capabilities()`` says.
+    """
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
-        return frozenset()  # nothing measured there
-    has_products = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-    }
-    return frozenset(dtype for dtype, supported in has_products.items() if not supported)
+        return {}  # nothing measured there
+    found = {}
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        found[torch.bfloat16] = 0
+    elif cpu.get("cpu_name", "").startswith("Intel") and not cpu.get("amx_bf16"):
+        found[torch.bfloat16] = 512
+    if not cpu.get("amx_fp16") or not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        found[torch.float16] = 0
+    return found
 
 
 # Asked once, on import: torch.compile cannot trace the question.
-_EMULATED = _emulated()
+_WIDENED = _widened(torch.cpu.get_capabilities())
 
 
 class Path(NamedTuple):
@@ -83,8 +95,8 @@ def select(backend: str, x: Tensor, params: Sequence[Tensor]) -> Path:
         reason = "x is not on a GPU that runs Triton"
     if reason is None:
         return Path("triton", "x is on a GPU that runs Triton")
-    if emulated(x.dtype, x.device):
-        reason += f"; in float32, as this CPU emulates {x.dtype}"
+    if widened(x.dtype, x):
+        reason += f"; in float32, in which this CPU is faster than in {x.dtype}"
     return Path("aten", reason)
 
 
@@ -135,9 +147,30 @@ def _too_large(x: Tensor, params: Sequence[Tensor]) -> str | None:
     return None
 
 
-def emulated(dtype: torch.dtype, device: torch.device) -> bool:
-    """Tell whether ATen computes the block in float32, because the device is a CPU without products of ``dtype``."""
-    return dtype in _EMULATED and device.type == "cpu"
+def widened(dtype: torch.dtype, x: Tensor) -> bool:
+    """Tell whether ATen computes convolutions of x in float32: on a CPU that is slower in ``dtype``."""
+    return x.device.type == "cpu" and dtype in _WIDENED and _has_pixels(x, _WIDENED[dtype])
+
+
+def is_slower(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell whether the device is a CPU that convolves a batch in ``dtype`` slower than in float32."""
+    return device.type == "cpu" and dtype in _WIDENED
+
+
+def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell whether the device is a CPU on which PyTorch takes many times as long in ``dtype`` as in float32."""
+    return device.type == "cpu" and _WIDENED.get(dtype) == 0
+
+
+def _has_pixels(x: Tensor, least: int) -> bool:
+    if least == 0 or x.dim() != 4 or traced():
+        return True
+    enough = x.shape[0] * x.shape[2] * x.shape[3] >= least
+    if not torch.compiler.is_compiling():
+        return enough
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    return bool(guard_or_true(enough))  # a graph whose batch depends on data serves any
 
 
 def traced() -> bool:

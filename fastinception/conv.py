@@ -1,4 +1,4 @@
-"""Convolve around the blocks as fast as within them: in a half precision that a CPU emulates, and in training."""
+"""Convolve around the blocks as fast as within them: in a half precision that slows a CPU down, and in training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from fastinception import backends, conv_backward, custom_op
 class Conv2d(nn.Conv2d):
     """Convolve as ``torch.nn.Conv2d`` does; on some CPUs by another way, where that is faster.
 
-    Where a CPU emulates the dtype, in float32: PyTorch's own loops for bfloat16 and float16 on such a CPU take many
-    times as long. The operands are widened and the result is rounded once, so that it is at least as exact.
+    Where a CPU is slower in the dtype than in float32, in that: without products of bfloat16 or float16 PyTorch's own
+    loops take many times as long, and some have them at half the rate. The operands are widened and the result is
+    rounded once, so that it is at least as exact.
 
     On cores with AVX2 alone, in training in float32 and channels_last, a 3x3 weight's gradient is a matrix product
     where oneDNN's takes up to twice as long: with stride 1, padding 1 and at least 16 channels in and out.
@@ -39,7 +40,7 @@ class Conv2d(nn.Conv2d):
         fitting = all(t.dtype is dtype or (casts and t.dtype is torch.float32) for t in operands)
         if not fitting or torch.compiler._is_exporting_flag:
             return super().forward(input)
-        if not backends.emulated(dtype, input.device):
+        if not backends.widened(dtype, input):
             return super().forward(input) if casts else self._convolve(*operands)
         with torch.autocast("cpu", enabled=False):  # it would narrow the operands again
             y = self._convolve(*[t.float() for t in operands])

@@ -71,7 +71,7 @@ def inception(
         if path.name == "triton" and not torch.compiler.is_compiling() and not out.is_inference():
             torch.autograd.graph.increment_version(out)  # a kernel writes behind autograd's back
         return out
-    if path.name == "aten" and backends.emulated(x.dtype, x.device):
+    if path.name == "aten" and backends.widened(x.dtype, x):
         with torch.autocast("cpu", enabled=False):  # it would narrow the convolutions' operands again
             return _compute(path, x.float(), [p.float() for p in params], needs_grad, relu).to(x.dtype)
     return _compute(path, x, params, needs_grad, relu)

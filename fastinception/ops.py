@@ -153,7 +153,7 @@ def _inception_out(x: Tensor, *args: Any) -> None:
         raise ValueError("only Triton's forward comes without ReLU")
     if backend == "triton":
         launch_forward(replay.known("out", relu, replay.facts((x, *params, out))), x, params, False, relu, out)
-    elif not backends.emulated(x.dtype, x.device):
+    elif not backends.widened(x.dtype, x):
         aten.forward(x, params, out)
     else:
         wide, *params = [t.float() for t in (x, *params)]

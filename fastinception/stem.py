@@ -60,10 +60,13 @@ class Stage(nn.Sequential):
         on_cpu = isinstance(input, Tensor) and input.device.type == "cpu"  # first: a GPU's call pays for no more
         if on_cpu and _is_served(input, conv, pool, relu):
             dtype, operands = _result_dtype(input), (input, conv.weight, cast(Tensor, conv.bias))
-            exact = torch.float32 if backends.emulated(dtype, input.device) else dtype
+            exact = torch.float32 if backends.widened(dtype, input) else dtype
             saves = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
             if _pays(input, conv.weight, conv.stride[0], exact, saves):
-                y, _ = torch.ops.fastinception.conv_pool_relu(*(t.to(exact) for t in operands), conv.stride[0], saves)
+                # By name: a compiled graph does not keep the strides by which one channel tells its format.
+                format = memory_format(input, conv.weight)
+                wide = [t.to(exact) for t in operands]
+                y, _ = torch.ops.fastinception.conv_pool_relu(*wide, conv.stride[0], saves, format)
                 return cast(Tensor, y.to(dtype))
         return cast(Tensor, relu(pool(conv(input))))
 
@@ -176,7 +179,8 @@ def _strided(side: int, stride: int) -> int:
 
 torch.library.define(
     "fastinception::conv_pool_relu",
-    "(Tensor x, Tensor weight, Tensor bias, int stride, bool save) -> (Tensor out, Tensor indices)",
+    "(Tensor x, Tensor weight, Tensor bias, int stride, bool save, MemoryFormat format) "
+    "-> (Tensor out, Tensor indices)",
     tags=custom_op.TAGS,
 )
 torch.library.define(
@@ -192,11 +196,16 @@ def _pooled_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int, int
     return x.shape[0], weight.shape[0], _strided(height, 2), _strided(width, 2)
 
 
-def _empty_outputs(x: Tensor, weight: Tensor, _: Tensor, stride: int, save: bool) -> tuple[Tensor, Tensor]:
+def _empty_outputs(
+    x: Tensor, weight: Tensor, _: Tensor, stride: int, save: bool, format: torch.memory_format
+) -> tuple[Tensor, Tensor]:
     """Allocate the operator's output, and int64 indices of the maxima in their planes, empty where nothing is saved."""
-    format = memory_format(x, weight)
     out = torch.empty(_pooled_shape(x, weight, stride), dtype=x.dtype, device=x.device, memory_format=format)
     return out, torch.empty_like(out, dtype=torch.int64) if save else out.new_empty(0, dtype=torch.int64)
+
+
+def _laid_out(t: Tensor, format: torch.memory_format) -> Tensor:
+    return t if custom_op.memory_format(t) is format else t.to(memory_format=format)
 
 
 def _parts(x: Tensor, weight: Tensor, stride: int) -> list[slice]:
@@ -206,12 +215,15 @@ def _parts(x: Tensor, weight: Tensor, stride: int) -> list[slice]:
 
 
 @torch.library.impl("fastinception::conv_pool_relu", "default")
-def _conv_pool_relu(x: Tensor, weight: Tensor, bias: Tensor, stride: int, save: bool) -> tuple[Tensor, Tensor]:
-    out, indices = _empty_outputs(x, weight, bias, stride, save)
+def _conv_pool_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, save: bool, format: torch.memory_format
+) -> tuple[Tensor, Tensor]:
+    out, indices = _empty_outputs(x, weight, bias, stride, save, format)
+    weight = _laid_out(weight, format)
     run = _pool_blocked if not save and _is_blocked(x, weight, bias) else _pool
     with torch.autocast("cpu", enabled=False):  # it would narrow the operands
         for part in _parts(x, weight, stride):
-            run(x[part], weight, bias, stride, out[part], indices[part])
+            run(_laid_out(x[part], format), weight, bias, stride, out[part], indices[part])
     return out, indices
 
 
@@ -248,6 +260,8 @@ def _conv_pool_relu_backward(
     if any(t.shape != _pooled_shape(x, weight, stride) for t in (grad_out, out, indices)):
         raise RuntimeError(CHANGED)
     height, width = _conv_size(x, stride)
+    format = custom_op.memory_format(indices)
+    filters = _laid_out(weight, format)
     sums = torch.promote_types(x.dtype, torch.float32)
     grad_x = torch.empty_like(x) if needs[0] else None
     grad_weight, grad_bias = (weight.new_zeros(shape, dtype=sums) for shape in (weight.shape, weight.shape[:1]))
@@ -261,7 +275,8 @@ def _conv_pool_relu_backward(
                 if first < 0 or last >= height * width:  # they would scatter beyond the end of the gradient
                     raise RuntimeError(CHANGED)
                 grad = _unpool(grad, x[part], indices[part], stride)
-                found = conv_backward(grad, x[part], weight, (needs[0], needs[1], False), stride=stride)
+                rows = _laid_out(x[part], format)
+                found = conv_backward(grad, rows, filters, (needs[0], needs[1], False), stride=stride)
                 if grad_x is not None:
                     grad_x[part] = cast(Tensor, found[0])
                 if needs[1]:
@@ -288,7 +303,7 @@ def _differentiable(tensors: Sequence[Tensor], needs: Sequence[bool], stride: in
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, ctx.stride, ctx.saves = inputs
+    x, weight, _, ctx.stride, ctx.saves, _ = inputs
     ctx.shapes = x.shape, weight.shape
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -297,7 +312,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _differentiate(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 5
+        return (None,) * 6
     if not ctx.saves:
         raise RuntimeError("fastinception::conv_pool_relu kept nothing for its backward: save must be True")
     saved = ctx.saved_tensors  # each look at them unpacks them, which a checkpoint allows once
@@ -305,9 +320,9 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor |
         raise RuntimeError(CHANGED)
     needs = custom_op.needed(ctx, 3)
     if forward_ad._current_level >= 0:  # a tangent of grad_out passes through plain operators only
-        return *_differentiable((grad_out, *saved), needs, ctx.stride), None, None
+        return *_differentiable((grad_out, *saved), needs, ctx.stride), None, None, None
     grads = torch.ops.fastinception.conv_pool_relu_backward(grad_out, *saved, ctx.stride, needs)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -313,8 +313,10 @@ def _train_in(
             f"{len(train.labels)} images from {train.source}; "
             f"from epoch {run.epoch + 1}, step {run.step} of {run.steps}"
         )
-        if (dtype := AMP[config["amp"]]) is not None and backends.emulated(dtype, world.device):
-            display.say(f"this CPU has no {config['amp']} products: fast blocks compute in fp32, plain ones slowly")
+        if (dtype := AMP[config["amp"]]) is not None and backends.is_slower(dtype, world.device):
+            display.say(
+                f"this CPU is slower in {config['amp']} than in fp32: fast blocks compute in fp32, plain ones do not"
+            )
         try:
             run.run(config["checkpoint_steps"], display)
         except TrainingError:

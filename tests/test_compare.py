@@ -293,14 +293,15 @@ def test_the_floor_is_every_convolution_and_nothing_else(mode: str, per_convolut
     assert ran & others == set()
 
 
-@pytest.mark.parametrize("emulated", [False, True])
-def test_the_floor_runs_in_the_dtype_and_layout_of_the_rows(emulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 where the CPU has no products of the dtype, as FastInception does."""
-    monkeypatch.setattr(backends, "_EMULATED", frozenset({torch.bfloat16} if emulated else ()))
+@pytest.mark.parametrize("least", [0, 2 * 8 * 8, None])
+def test_the_floor_runs_in_the_dtype_and_layout_of_the_rows(least: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 where the CPU is slower in the dtype, from so many pixels on, as FastInception does."""
+    monkeypatch.setattr(backends, "_WIDENED", {} if least is None else {torch.bfloat16: least})
     convolutions = floor.Convolutions(GoogLeNet(), torch.rand(2, 1, 32, 32), mode="training", dtype="bf16")
     assert len(convolutions.calls) == 3 + 9 * 6
     for _, x, weight, bias, grad in convolutions.calls:
-        assert {t.dtype for t in (x, weight, bias, grad)} == {torch.float32 if emulated else torch.bfloat16}
+        widened = least is not None and x.shape[0] * x.shape[2] * x.shape[3] >= least
+        assert {t.dtype for t in (x, weight, bias, grad)} == {torch.float32 if widened else torch.bfloat16}
         assert all(t.stride(1) == 1 for t in (x, weight, grad))  # also where one channel leaves the layout open
 
 
@@ -471,8 +472,8 @@ def test_a_cuda_graph_computes_what_eager_computes(mode: str, dtype: str) -> Non
 
 
 def test_a_cpu_that_emulates_bf16_measures_it_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    for emulated, usual in (((), ["fp32", "bf16"]), ((torch.bfloat16, torch.float16), ["fp32"])):
-        monkeypatch.setattr(backends, "_EMULATED", frozenset(emulated))
+    for least, usual in ((512, ["fp32", "bf16"]), (0, ["fp32"])):
+        monkeypatch.setattr(backends, "_WIDENED", {torch.bfloat16: least})
         assert compare.parse(["--device", "cpu"]).dtype == usual
         assert compare.parse(["--device", "cpu", "--dtype", "bf16", "fp32", "bf16"]).dtype == ["bf16", "fp32"]
     notes = []
@@ -483,7 +484,7 @@ def test_a_cpu_that_emulates_bf16_measures_it_only_if_asked(monkeypatch: pytest.
         compare.run(compare.parse(["--device", "cpu", *options]), mock.Mock(), mock.MagicMock(), mock.Mock())
     assert len(notes) == 5
     assert "no bf16 rows" in notes[1]
-    assert "no bf16 products" in notes[3]
+    assert "slower in bf16" in notes[3]
 
 
 def test_a_gpu_run_has_every_compile_mode_and_cuda_graph_of_both() -> None:

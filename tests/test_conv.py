@@ -251,7 +251,7 @@ def test_other_convolutions_are_torchs(options):
 
 def test_everything_else_is_torchs(monkeypatch):
     """And what is no faster: contiguous images, few pixels or channels, large kernels."""
-    monkeypatch.setattr(backends, "_EMULATED", frozenset())
+    monkeypatch.setattr(backends, "_WIDENED", {})
     conv, x = pair()[0], image()
 
     class Own(Conv2d):

@@ -40,8 +40,8 @@ def test_standard_operators_compute_few_elements(few, recorded, grad):
             assert ("few elements" in path.reason) is (not own)
 
 
-def test_few_elements_of_an_emulated_dtype_are_widened(few, monkeypatch):
-    monkeypatch.setattr(backends, "_EMULATED", frozenset({torch.bfloat16}))
+def test_few_elements_of_a_slower_dtype_are_widened(few, monkeypatch):
+    monkeypatch.setattr(backends, "_WIDENED", {torch.bfloat16: 0})
     block = FastInception(*SMALL).bfloat16()
     x = torch.randn(2, 5, 6, 4, dtype=torch.bfloat16)
     seen = []

@@ -387,7 +387,7 @@ def test_threads_share_one_module():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtype_conversion(monkeypatch, dtype):
-    monkeypatch.setattr(backends, "_EMULATED", frozenset())  # tests/test_emulated.py compares what that changes
+    monkeypatch.setattr(backends, "_WIDENED", {})  # tests/test_widened.py compares what that changes
     plain, fast, x = pair()
     plain, fast, x = plain.to(dtype), fast.to(dtype), x.to(dtype)
     out = fast(x)

@@ -1,7 +1,10 @@
-"""Half precisions that the CPU has no products of: computed in float32 and rounded once."""
+"""Half precisions in which the CPU is slower than in float32: computed in that and rounded once."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -20,10 +23,10 @@ ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 @pytest.fixture(autouse=True)
-def emulating(monkeypatch):
+def widening(monkeypatch):
     """As on a CPU that has products of neither, whatever this one has."""
     torch.compiler.reset()
-    monkeypatch.setattr(backends, "_EMULATED", frozenset(HALVES))
+    monkeypatch.setattr(backends, "_WIDENED", dict.fromkeys(HALVES, 0))
 
 
 def half_block(dtype: torch.dtype) -> tuple[Inception, FastInception, Tensor]:
@@ -79,7 +82,7 @@ def test_gradients_round_once(dtype, compiled):
         assert (own.double() - theirs).norm() <= ROUNDOFF[dtype] * theirs.norm()
 
 
-def test_nothing_is_computed_in_the_emulated_dtype():
+def test_nothing_is_computed_in_the_slower_dtype():
     """In inference, training, autocast and into a buffer; x's dtype would take many times as long."""
     _, fast, x = half_block(torch.bfloat16)
     buffer = torch.empty_like(fast(x)).detach()
@@ -123,7 +126,7 @@ def test_into_a_buffer_keeps_its_checks():
 
 def test_explain_says_so():
     _, fast, x = half_block(torch.bfloat16)
-    assert str(explain(fast, x)).endswith("in float32, as this CPU emulates torch.bfloat16")
+    assert str(explain(fast, x)).endswith("in float32, in which this CPU is faster than in torch.bfloat16")
     assert "float32" not in str(explain(fast.float(), x.float()))
 
 
@@ -134,15 +137,15 @@ def test_other_paths_are_left_alone(monkeypatch):
     assert inception(x, params, activation="none").dtype is x.dtype
     exported = torch.export.export(Conv2d(24, 4, 1).bfloat16(), (x,))
     assert [str(node.target) for node in exported.graph.nodes if node.op == "call_function"] == ["aten.conv2d.default"]
-    monkeypatch.setattr(backends, "_EMULATED", frozenset())
+    monkeypatch.setattr(backends, "_WIDENED", {})
     with torch.no_grad():
         assert convolved(lambda: fast(x)) == {torch.bfloat16}
         assert convolved(lambda: Conv2d(24, 4, 1).bfloat16()(x)) == {torch.bfloat16}
 
 
-def test_conv_casts_nothing_where_nothing_is_emulated(monkeypatch):
+def test_conv_casts_nothing_where_nothing_is_slower(monkeypatch):
     """Autocast does it inside the convolution, and remembers the weight's."""
-    monkeypatch.setattr(backends, "_EMULATED", frozenset())
+    monkeypatch.setattr(backends, "_WIDENED", {})
     conv, x = Conv2d(3, 4, 3), torch.randn(2, 3, 7, 6)
     monkeypatch.setattr(Tensor, "to", None)
     monkeypatch.setattr(Tensor, "float", None)
@@ -171,10 +174,79 @@ def test_conv_is_torchs(dtype, bias):
         own.float()(x)
 
 
-def test_this_cpu_is_asked_once_for_what_it_has():
-    """What PyTorch's own convolutions decide by."""
-    asked = backends._emulated()
-    if torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability():
-        assert (torch.bfloat16 in asked) is not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        assert (torch.float16 in asked) is not torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    assert asked <= set(HALVES)
+EPYC = {"cpu_name": "AMD EPYC 9R14"}
+XEON = {"cpu_name": "Intel Xeon"}
+TILES = {"amx_bf16": True, "amx_fp16": True}
+
+
+@pytest.mark.parametrize(
+    ("cpu", "products", "expected"),
+    [
+        (EPYC, (False, False), {torch.bfloat16: 0, torch.float16: 0}),
+        (EPYC, (True, False), {torch.float16: 0}),
+        (EPYC | TILES, (True, True), {}),
+        (XEON, (False, False), {torch.bfloat16: 0, torch.float16: 0}),
+        (XEON | {"amx_bf16": False}, (True, True), {torch.bfloat16: 512, torch.float16: 0}),
+        (XEON | {"amx_bf16": True}, (True, True), {torch.float16: 0}),
+        (XEON | TILES, (True, True), {}),
+        ({}, (True, True), {torch.float16: 0}),
+    ],
+)
+def test_which_dtypes_are_widened(cpu, products, expected, monkeypatch):
+    """PyTorch's own convolutions decide by the products; the rate of these depends on the maker, and on tiles."""
+    monkeypatch.setattr(backends.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    has = mock.Mock(_is_mkldnn_bf16_supported=lambda: products[0], _is_mkldnn_fp16_supported=lambda: products[1])
+    monkeypatch.setattr(torch.ops, "mkldnn", has)
+    assert backends._widened(cpu) == expected
+    monkeypatch.setattr(backends.platform, "machine", lambda: "aarch64")
+    assert backends._widened(cpu) == {}
+
+
+def test_this_cpu_was_asked_on_import():
+    code = (
+        "import torch; from fastinception import backends; cpu = torch.cpu.get_capabilities(); "
+        "print(backends._WIDENED == backends._widened(cpu), cpu['architecture'] != 'x86_64' or 'cpu_name' in cpu)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.split() == ["True", "True"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_few_pixels_are_left_in_their_dtype(compiled, monkeypatch):
+    """Where products are slower, not missing: casts of the weights would take longer than they spare."""
+    monkeypatch.setattr(backends, "_WIDENED", {torch.bfloat16: 2 * 7 * 6})
+    _, fast, x = half_block(torch.bfloat16)
+    conv = Conv2d(24, 4, 3).bfloat16()
+    for own in (fast, conv):
+        run = torch.compile(own, fullgraph=True, backend="aot_eager", dynamic=True) if compiled else own
+        with torch.no_grad():
+            assert run(x[:1]).dtype is run(x).dtype is torch.bfloat16
+            assert convolved(lambda run=run: run(x[:1])) == {torch.bfloat16}
+            assert convolved(lambda run=run: run(x)) == {torch.float32}
+    assert ("float32" in str(explain(fast, x)), "float32" in str(explain(fast, x[:1]))) == (True, False)
+    assert conv(x[0]).shape == (4, 5, 4)  # one image without a batch
+
+
+def test_a_graph_whose_batch_depends_on_data_widens(monkeypatch):
+    monkeypatch.setattr(backends, "_WIDENED", {torch.bfloat16: 2**20})
+    _, fast, x = half_block(torch.bfloat16)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def some(x, chosen):
+        return fast(x[chosen.nonzero()[:, 0]])
+
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        y = some(x, torch.tensor([0, 1]))
+        torch.testing.assert_close(y, fast(x[1:]), rtol=2e-2, atol=1e-2)
+
+
+def test_a_trace_widens_whatever_comes(monkeypatch):
+    """It keeps what one batch did, and warns wherever a shape is looked at."""
+    monkeypatch.setattr(backends, "_WIDENED", {torch.bfloat16: 2**20})
+    conv, x = Conv2d(24, 4, 3).bfloat16(), torch.randn(2, 24, 7, 6).bfloat16()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(conv, (x,))
+    assert "aten::to" in str(traced.graph)
+    torch.testing.assert_close(traced(x), conv(x), rtol=2e-2, atol=1e-2)
