@@ -21,11 +21,11 @@ def compose(x: Tensor, params: Sequence[Tensor], relu: bool = True) -> Tensor:
     Without ``relu`` there is none behind any convolution.
     """
     w1, b1, w21, b21, w22, b22, w31, b31, w32, b32, w42, b42 = params
-    activation = F.relu if relu else (lambda y: y)
+    activation = torch.relu if relu else (lambda y: y)  # F.relu and F.max_pool2d are Python around these
     p1 = activation(F.conv2d(x, w1, b1))
     p2 = activation(F.conv2d(activation(F.conv2d(x, w21, b21)), w22, b22, padding=1))
     p3 = activation(F.conv2d(activation(F.conv2d(x, w31, b31)), w32, b32, padding=2))
-    p4 = activation(F.conv2d(F.max_pool2d(x, 3, 1, 1), w42, b42))
+    p4 = activation(F.conv2d(torch.max_pool2d(x, 3, 1, 1), w42, b42))
     return torch.cat((p1, p2, p3, p4), dim=1)
 
 

@@ -80,9 +80,11 @@ def select(backend: str, x: Tensor, params: Sequence[Tensor]) -> Path:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     special = _special(x, params)
-    reason = target.unsupported(x.device, x.dtype) if backend != "aten" else None
-    if special is None and backend != "aten":
-        reason = reason or target.without_products(x.device) or _too_large(x, params)
+    reason = None
+    if backend == "triton" or (backend == "auto" and x.device.type == "cuda"):
+        reason = target.unsupported(x.device, x.dtype)
+        if special is None:
+            reason = reason or target.without_products(x.device) or _too_large(x, params)
     if backend == "triton" and reason is not None:
         raise ValueError(f"backend='triton' cannot run here: {reason}; use backend='auto' or 'aten'")
     if special is not None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastinception import aten, backends, eager, ops
 from fastinception.backends import Path
-from fastinception.kernels import replay
+from fastinception.kernels import configs, replay
 
 ACTIVATIONS = ("relu", "none")
 # Elements of x up to which standard operators compute a block faster on a CPU, in both modes (measured with AVX2): they
@@ -58,7 +58,7 @@ def inception(
     # Of what is no tensor the checks say so.
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(getattr(p, "requires_grad", 0) for p in params))
     known = _known(x, params, backend, needs_grad, relu) if out is None else None
-    path = None if known else _select(x, params, backend)  # what is known was checked
+    path = None if known else _path(x, params, backend)  # what is known was checked
     if path is None or (known is not None and path.name == "triton"):
         return eager.run_triton(cast(replay.Known, known), x, params, needs_grad, relu)
     if not relu and (path.name == "aten" or (needs_grad and out is None)):
@@ -120,6 +120,29 @@ def explain(x: Tensor, params: Sequence[Tensor], backend: str) -> Path:
     return (
         Path("plain", f"{path.reason}, and for few elements standard operators are faster") if _few(path, x) else path
     )
+
+
+def _path(x: Tensor, params: Sequence[Tensor], backend: str) -> Path:
+    """Return the path of a call that was checked: on a CPU that of an earlier one, where the operands are like its own.
+
+    There they alone decide, but for special states; to look at them one by one takes as long as some convolutions of
+    one image.
+    """
+    alone = x.is_cpu and type(x) in backends.PLAIN and not torch.compiler.is_compiling()
+    if not alone or backend not in ("auto", "aten") or backends.special_state() is not None:
+        return _select(x, params, backend)
+    seen = _seen(backend, x.shape)
+    path = replay.recall(seen, (x, *params))
+    if path is None:
+        path = _select(x, params, backend)
+        if path.name == "aten":  # a subclass among the params has sizes and costs of its own
+            replay.remember(seen, (x, *params), path)
+    return cast(Path, path)
+
+
+@configs.cached
+def _seen(*key: Any) -> replay.Seen:
+    return []
 
 
 def _select(x: Tensor, params: Sequence[Tensor], backend: str) -> Path:

@@ -133,7 +133,7 @@ def _is_served(x: Tensor, conv: Conv2d, pool: MaxPool2d, relu: nn.ReLU) -> bool:
     """Tell whether the operator below computes what the three layers do."""
     if backends.special_state() is not None:  # first: a trace would keep, and compare, what is asked of shapes
         return False
-    if _is_watched(conv, pool, relu) or conv.bias is None:
+    if _is_small(x, conv) or _is_watched(conv, pool, relu) or conv.bias is None:
         return False
     operands = x, conv.weight, conv.bias
     if not {*map(type, operands)} <= backends.PLAIN or any(t.device.type != "cpu" for t in operands):
@@ -150,6 +150,13 @@ def _is_served(x: Tensor, conv: Conv2d, pool: MaxPool2d, relu: nn.ReLU) -> bool:
         and conv.padding == (kernel_h // 2, kernel_w // 2)
         and is_around_every_second(pool)
     )
+
+
+def _is_small(x: Tensor, conv: Conv2d) -> bool:
+    """Tell at once that an eager call is too small for :func:`_pays`: to ask all takes a tenth of one image's time."""
+    if BLOCKED_PAYS or torch.compiler.is_compiling() or x.dim() != 4:
+        return False
+    return x.shape[0] * conv.out_channels * x.shape[2] * x.shape[3] * 8 <= _KEPT  # 8 bytes a number, and no stride
 
 
 def _pays(x: Tensor, weight: Tensor, stride: int, dtype: torch.dtype, saves: bool) -> bool:

@@ -237,17 +237,32 @@ def facts(tensors: Sequence[Tensor]) -> Any:
     about = gpu, target.input_precision(tensors[0].dtype, gpu), target.interpreted()
     compared = TensorGuards is not None and functools.reduce(operator.or_, map(Tensor.data_ptr, tensors)) % 16 == 0
     seen = _seen(*about, tensors[0].shape, len(tensors)) if compared else []
+    if (found := recall(seen, tensors)) is None:
+        found = _found(
+            *about, *[t.shape for t in tensors], *[t.stride() for t in tensors], *[t.dtype for t in tensors],
+            *[t.device for t in tensors], *[t.data_ptr() % 16 == 0 for t in tensors], *map(Tensor.is_neg, tensors),
+        )  # fmt: skip
+        if compared:
+            remember(seen, tensors, found)
+    return found
+
+
+Seen = list[tuple[Any, Any]]  # what compares others with tensors that were seen, and what stands for these
+
+
+def recall(seen: Seen, tensors: Sequence[Tensor]) -> Any:
+    """Return what was remembered of tensors like these, whatever their numbers and addresses, or None."""
     for guards, found in seen:
         if guards.check(*tensors):
             return found
-    found = _found(
-        *about, *[t.shape for t in tensors], *[t.stride() for t in tensors], *[t.dtype for t in tensors],
-        *[t.device for t in tensors], *[t.data_ptr() % 16 == 0 for t in tensors], *map(Tensor.is_neg, tensors),
-    )  # fmt: skip
-    if compared:
+    return None
+
+
+def remember(seen: Seen, tensors: Sequence[Tensor], found: Any) -> None:
+    """Keep what stands for tensors like these, and forget what is oldest; nothing where PyTorch cannot compare them."""
+    if TensorGuards is not None:
         seen.append((TensorGuards(*tensors, **_STATIC), found))
         del seen[:-_MOST_SEEN]
-    return found
 
 
 _STATIC = {"dynamic_dims_sizes": None, "dynamic_dims_strides": None}  # all sizes and strides count
@@ -271,8 +286,8 @@ _MOST_SEEN = 16
 
 
 @configs.cached
-def _seen(*key: Any) -> list[tuple[Any, Any]]:
-    """Return what compares others with operands that were seen, all aligned, and what stands for these."""
+def _seen(*key: Any) -> Seen:
+    """Return what was seen of operands that are all aligned."""
     return []
 
 

@@ -6,10 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from fastinception import Inception
+from fastinception import Inception, functional
 from fastinception.functional import inception
-from fastinception.kernels import target
+from fastinception.kernels import configs, replay, target
 
 HAS_TRITON = target.unsupported(torch.device("cpu"), torch.float32) is None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot run here")
@@ -101,3 +106,69 @@ def test_unknown_activation(activation):
     net, x = block(torch.channels_last)
     with pytest.raises(ValueError, match=r"activation must be one of 'relu', 'none', got "):
         inception(x, list(net.parameters()), activation=activation)
+
+
+def test_a_call_like_an_earlier_one_is_not_checked_again(monkeypatch):
+    configs.forget()
+    net, x = block(torch.channels_last)
+    params, checked = [p.detach() for p in net.parameters()], []
+    check = functional._check_input
+    monkeypatch.setattr(functional, "_check_input", lambda *args: checked.append(args[0].shape[0]) or check(*args))
+    first = inception(x, params)
+    assert torch.equal(inception(x.clone(), [p.clone() for p in params]), first)
+    assert checked == [3]
+    assert torch.equal(inception(x[:2], params), first[:2])
+    assert checked == [3, 2]
+    monkeypatch.setattr(replay, "TensorGuards", None)  # another PyTorch may have none
+    configs.forget()
+    for _ in range(2):
+        assert torch.equal(inception(x, params), first)
+    assert checked == [3, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "error", "message"),
+    [
+        (0, torch.Tensor.double, TypeError, "p1_1's weight"),
+        (9, torch.Tensor.bfloat16, TypeError, "p3_2's bias"),
+        (4, lambda w: w[:, :, :1], ValueError, r"p2_2's weight must be \[c, 3, 3, 3\]"),
+        (11, lambda b: b[:-1], ValueError, "p4_2's bias must be"),
+        (3, lambda b: b.to("meta"), ValueError, "on one device"),
+        (6, lambda w: w.tolist(), TypeError, r"got list as params\[6\]"),
+    ],
+)
+def test_what_does_not_fit_is_named_behind_a_call_that_did(place, change, error, message):
+    net, x = block(torch.channels_last)
+    params = [p.detach() for p in net.parameters()]
+    for _ in range(2):
+        inception(x, params)
+    with pytest.raises(error, match=message):
+        inception(x, [*params[:place], change(params[place]), *params[place + 1 :]])
+    with pytest.raises(ValueError, match="x must have 7 channels, got 6"):
+        inception(x[:, :6], params)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        inception(x, params, backend="cuda")
+
+
+def test_special_operands_behind_a_call_without_them():
+    """What only standard operators serve, of the same sizes as what was seen."""
+    net, x = block(torch.channels_last)
+    params = [p.detach() for p in net.parameters()]
+    for _ in range(2):
+        expected = inception(x, params)
+    doubled = TwoTensor(x, x)
+    for _ in range(2):
+        assert type(inception(doubled, params)) is TwoTensor
+    assert torch.equal(inception(x._neg_view(), params), inception(-x, params))
+    torch.testing.assert_close(torch.func.vmap(lambda x: inception(x[None], params)[0])(x), expected)
+    with forward_ad.dual_level():
+        y = inception(forward_ad.make_dual(x, torch.ones_like(x)), params)
+        assert forward_ad.unpack_dual(y).tangent.abs().sum() > 0
+    with FlopCounterMode(display=False) as counter:
+        inception(x, params)
+    assert counter.get_total_flops() > 0
+    fake = FakeTensorMode(shape_env=ShapeEnv())
+    with fake:
+        symbolic = [fake.from_tensor(t) for t in (x, *params)]
+        for _ in range(2):
+            assert inception(symbolic[0], symbolic[1:]).shape == expected.shape

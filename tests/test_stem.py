@@ -498,6 +498,29 @@ def test_a_compiled_cast_leaves_one_channel_in_its_format(monkeypatch):
         assert formats == ({(2, True, True), (3, True, True, True)} if trained else {(2, True, True)})
 
 
+def test_a_backward_lays_out_what_has_one_channel(monkeypatch):
+    own, x = stage(0, monkeypatch, channels=1)
+    weight, seen = own[0].weight.detach(), []
+    out, indices = torch.ops.fastinception.conv_pool_relu(x, weight, own[0].bias.detach(), 2, True, CL)
+    convolve = stem.conv_backward
+    monkeypatch.setattr(stem, "conv_backward", lambda *args, **how: seen.append(args[:3]) or convolve(*args, **how))
+    torch.ops.fastinception.conv_pool_relu_backward(out, x, weight, out, indices, 2, [False, True, True])
+    assert {t.stride(1) for tensors in seen for t in tensors} == {1}
+    assert x.stride(1) > 1 < weight.stride(1)
+
+
+def test_a_small_call_asks_no_more(monkeypatch):
+    """And is never one that pays, as which the largest number and stride are taken."""
+    own = Stage(Conv2d(3, 8, 3, 1, 1), MaxPool2d(3, 2, 1), nn.ReLU()).double()
+    x = torch.randn(BATCH, 3, 25, 22).double()
+    monkeypatch.setattr(stem, "_KEPT", 4 * 8 * 25 * 22 * 8)
+    assert operators(lambda: own(x[:5]))
+    monkeypatch.setattr(stem, "_is_watched", None)
+    own(x[:4])
+    with pytest.raises(TypeError):
+        own(x[:5])
+
+
 def test_everything_else_is_its_layers(monkeypatch):
     own, x = stage(0, monkeypatch)
     assert operators(lambda: own(x))

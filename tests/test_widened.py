@@ -203,6 +203,14 @@ def test_which_dtypes_are_widened(cpu, products, expected, monkeypatch):
     assert backends._widened(cpu) == {}
 
 
+def test_only_a_cpu_is_slower():
+    for device, expected in (("cpu", True), ("meta", False)):
+        assert backends.is_slower(torch.bfloat16, torch.device(device)) is expected
+        assert backends.is_emulated(torch.bfloat16, torch.device(device)) is expected
+        assert backends.widened(torch.bfloat16, torch.empty(1, device=device)) is expected
+    assert not backends.is_slower(torch.float64, torch.device("cpu"))
+
+
 def test_this_cpu_was_asked_on_import():
     code = (
         "import torch; from fastinception import backends; cpu = torch.cpu.get_capabilities(); "
@@ -229,16 +237,16 @@ def test_few_pixels_are_left_in_their_dtype(compiled, monkeypatch):
 
 
 def test_a_graph_whose_batch_depends_on_data_widens(monkeypatch):
-    monkeypatch.setattr(backends, "_WIDENED", {torch.bfloat16: 2**20})
-    _, fast, x = half_block(torch.bfloat16)
+    monkeypatch.setattr(backends, "_WIDENED", {torch.bfloat16: 2 * 7 * 6})  # of what may be one image or two
+    conv, x = Conv2d(24, 4, 3).bfloat16(), torch.randn(2, 24, 7, 6).bfloat16()
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def some(x, chosen):
-        return fast(x[chosen.nonzero()[:, 0]])
+        return conv(x[chosen.nonzero()[:, 0]])
 
     with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        y = some(x, torch.tensor([0, 1]))
-        torch.testing.assert_close(y, fast(x[1:]), rtol=2e-2, atol=1e-2)
+        assert convolved(lambda: some(x, torch.tensor([0, 1]))) == {torch.float32}
+        torch.testing.assert_close(some(x, torch.tensor([0, 1])), conv(x[1:]), rtol=2e-2, atol=1e-2)
 
 
 def test_a_trace_widens_whatever_comes(monkeypatch):
