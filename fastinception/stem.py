@@ -23,8 +23,8 @@ _KEPT = 2**25 - 2**14
 _PART = 5 * 2**20  # bytes of a part's convolution: 8 images of 96 pixels in the first stage; 4 to 16 took about as long
 
 # On cores with AVX2 alone oneDNN convolves images of few channels in channels_last at a third of the speed that it has
-# into its own blocked layout (jit:avx2), where it pools faster, too. Asked once, on import. Other cores were not
-# measured.
+# into its own blocked layout (jit:avx2), where it pools faster, too. With AVX-512 (Intel) both layouts take as long.
+# Asked once, on import. Other cores were not measured.
 BLOCKED_PAYS = torch.backends.cpu.get_cpu_capability() == "AVX2" and torch.backends.mkldnn.is_available()
 _FEW_CHANNELS = 4
 _FINITE = 1e38  # a bound of what the convolution computes: below, nothing becomes infinite or NaN
@@ -40,6 +40,9 @@ class Stage(nn.Sequential):
     On a CPU these in parts of a large batch: a part's convolution is pooled, and in the backward its gradient consumed,
     while the cache holds it, and malloc reuses its memory; it is not kept for the backward. The same numbers: no image
     sees another.
+
+    Inference that is compiled for one size has as few parts as malloc needs, of the layers themselves: Inductor fuses
+    what follows a convolution, and its pool keeps no indices.
 
     On a GPU, where the pool's ``backend`` lets Triton run, in eager inference in channels_last, the library's
     convolution gets its bias, pool and ReLU in one launch: PyTorch passes over it for the bias, and its pool writes an
@@ -59,16 +62,27 @@ class Stage(nn.Sequential):
         conv, pool, relu = cast(tuple[Conv2d, MaxPool2d, nn.ReLU], layers[-3:])
         on_cpu = isinstance(input, Tensor) and input.device.type == "cpu"  # first: a GPU's call pays for no more
         if on_cpu and _is_served(input, conv, pool, relu):
-            dtype, operands = _result_dtype(input), (input, conv.weight, cast(Tensor, conv.bias))
-            exact = torch.float32 if backends.widened(dtype, input) else dtype
-            saves = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
-            if _pays(input, conv.weight, conv.stride[0], exact, saves):
-                # By name: a compiled graph does not keep the strides by which one channel tells its format.
-                format = memory_format(input, conv.weight)
-                wide = [t.to(exact) for t in operands]
-                y, _ = torch.ops.fastinception.conv_pool_relu(*wide, conv.stride[0], saves, format)
-                return cast(Tensor, y.to(dtype))
+            return _in_parts(input, conv, pool, relu)
         return cast(Tensor, relu(pool(conv(input))))
+
+
+def _in_parts(x: Tensor, conv: Conv2d, pool: MaxPool2d, relu: nn.ReLU) -> Tensor:
+    """Return what the three layers do, in parts where these are faster: of a large batch, and in the blocked layout."""
+    dtype, operands = _result_dtype(x), (x, conv.weight, cast(Tensor, conv.bias))
+    exact = torch.float32 if backends.widened(dtype, x) else dtype
+    saves = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    blocked = BLOCKED_PAYS and not saves and exact is torch.float32 and x.shape[1] <= _FEW_CHANNELS
+    image = _image_bytes(x, conv.weight, conv.stride[0], exact)
+    if not _holds(x.shape[0] * image > (0 if blocked else _KEPT)):
+        return cast(Tensor, relu(pool(conv(x))))
+    if not saves and not blocked and _is_compiled_for_one_size(x):
+        parts = x.split(_evenly(x.shape[0], max(1, _KEPT // image)))
+        return torch.cat([relu(pool(conv(part))) for part in parts])
+    # By name: a compiled graph does not keep the strides by which one channel tells its format.
+    format = memory_format(x, conv.weight)
+    wide = [t.to(exact) for t in operands]
+    y, _ = torch.ops.fastinception.conv_pool_relu(*wide, conv.stride[0], saves, format)
+    return cast(Tensor, y.to(dtype))
 
 
 def _in_few_launches(backend: str, x: Tensor, layers: list[Any]) -> Tensor:
@@ -153,21 +167,32 @@ def _is_served(x: Tensor, conv: Conv2d, pool: MaxPool2d, relu: nn.ReLU) -> bool:
 
 
 def _is_small(x: Tensor, conv: Conv2d) -> bool:
-    """Tell at once that an eager call is too small for :func:`_pays`: to ask all takes a tenth of one image's time."""
+    """Tell at once that an eager call is too small for parts: to ask all takes a tenth of one image's time."""
     if BLOCKED_PAYS or torch.compiler.is_compiling() or x.dim() != 4:
         return False
     return x.shape[0] * conv.out_channels * x.shape[2] * x.shape[3] * 8 <= _KEPT  # 8 bytes a number, and no stride
 
 
-def _pays(x: Tensor, weight: Tensor, stride: int, dtype: torch.dtype, saves: bool) -> bool:
-    """Tell whether the operator is faster: for a large batch, and of any size where the blocked layout serves."""
-    blocked = BLOCKED_PAYS and not saves and dtype is torch.float32 and x.shape[1] <= _FEW_CHANNELS
-    pays = x.shape[0] * _image_bytes(x, weight, stride, dtype) > (0 if blocked else _KEPT)
+def _holds(what: bool) -> bool:
     if not torch.compiler.is_compiling():
-        return pays
+        return what
     from torch.fx.experimental.symbolic_shapes import guard_or_true
 
-    return bool(guard_or_true(pays))  # a graph whose batch depends on data takes the operator, which serves any
+    return bool(guard_or_true(what))  # a graph whose batch depends on data takes the operator, which serves any
+
+
+def _is_compiled_for_one_size(x: Tensor) -> bool:
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return all(has_static_value(size) for size in x.shape)
+
+
+def _evenly(images: int, most: int) -> int:
+    """Return how many images the parts have, if there are as few parts as ``most`` images in each allow."""
+    parts = -(-images // most)
+    return -(-images // parts)
 
 
 def _image_bytes(x: Tensor, weight: Tensor, stride: int, dtype: torch.dtype) -> int:

@@ -455,10 +455,16 @@ def test_autocast(compiled, widened, trained, monkeypatch):
     params = list(own.parameters())
     seen = set()
     convolve = torch.nn.functional.conv2d
+
+    def watch(*args):
+        y = convolve(*args)
+        seen.add(y.dtype)
+        return y
+
     with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(trained):
-        assert operators(lambda: run(x))
+        assert bool(operators(lambda: run(x))) is (trained or not compiled)
         with monkeypatch.context() as patch:
-            patch.setattr(torch.nn.functional, "conv2d", lambda x, *args: seen.add(x.dtype) or convolve(x, *args))
+            patch.setattr(torch.nn.functional, "conv2d", watch)
             run(x)
         assert seen == {torch.float32 if widened else torch.bfloat16}
         if trained:
@@ -496,6 +502,33 @@ def test_a_compiled_cast_leaves_one_channel_in_its_format(monkeypatch):
             if trained:
                 y.float().sum().backward()
         assert formats == ({(2, True, True), (3, True, True, True)} if trained else {(2, True, True)})
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_inference_of_one_size_has_few_parts(dynamic, blocked, monkeypatch):
+    """Of the layers, which Inductor fuses: one part more would be needed for images of another number."""
+    own, x = stage(0, monkeypatch)
+    monkeypatch.setattr(stem, "BLOCKED_PAYS", blocked)
+    monkeypatch.setattr(stem, "_KEPT", 5 * 64 * 13 * 11 * 4)
+    graphs: list[torch.fx.GraphModule] = []
+    run = torch.compile(own, fullgraph=True, dynamic=dynamic, backend=lambda graph, _: graphs.append(graph) or graph)
+    with torch.no_grad():
+        assert torch.equal(run(x), layers(own)(x))
+        called = [getattr(node.target, "__name__", "") for node in graphs[-1].graph.nodes if node.op == "call_function"]
+        convolved = called.count("conv2d"), sum("conv_pool_relu" in name for name in called)
+        assert convolved == ((0, 1) if dynamic or blocked else (3, 0))
+        assert torch.equal(run(x[:11]), layers(own)(x[:11]))
+        assert len(graphs) == (1 if dynamic else 2)
+        run = torch.compile(own, fullgraph=True, dynamic=False, backend="aot_eager")
+        assert operators(lambda: run(x[:5])) == ({"fastinception::conv_pool_relu"} if blocked else set())
+
+
+@pytest.mark.parametrize(
+    ("images", "most", "expected"), [(64, 56, 32), (13, 5, 5), (12, 4, 4), (57, 56, 29), (3, 1, 1)]
+)
+def test_parts_are_even(images, most, expected):
+    assert stem._evenly(images, most) == expected
 
 
 def test_a_backward_lays_out_what_has_one_channel(monkeypatch):
