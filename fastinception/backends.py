@@ -167,12 +167,16 @@ def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
 def _has_pixels(x: Tensor, least: int) -> bool:
     if least == 0 or x.dim() != 4 or traced():
         return True
-    enough = x.shape[0] * x.shape[2] * x.shape[3] >= least
+    return holds(x.shape[0] * x.shape[2] * x.shape[3] >= least)
+
+
+def holds(what: bool) -> bool:
+    """Tell whether something about sizes is so; in a graph whose batch depends on data, whether it may be."""
     if not torch.compiler.is_compiling():
-        return enough
+        return what
     from torch.fx.experimental.symbolic_shapes import guard_or_true
 
-    return bool(guard_or_true(enough))  # a graph whose batch depends on data serves any
+    return bool(guard_or_true(what))
 
 
 def traced() -> bool:
@@ -189,7 +193,7 @@ def _special(x: Tensor, params: Sequence[Tensor]) -> str | None:
     """Say what about a call only standard, differentiable operators can serve, or None."""
     if (state := special_state()) is not None:
         return state
-    if _may_be_empty(x):
+    if holds(x.numel() == 0):
         return "x is empty"
     if x.is_meta:
         return "x is on the meta device"
@@ -216,11 +220,3 @@ def special_state() -> str | None:
 def _counted() -> bool:
     """Tell whether a ``FlopCounterMode`` is active; its module, which imports Triton, need not be."""
     return any(type(mode).__name__ == "_FlopCounterMode" for mode in _get_current_dispatch_mode_stack())
-
-
-def _may_be_empty(x: Tensor) -> bool:
-    if not torch.compiler.is_compiling():
-        return x.numel() == 0
-    from torch.fx.experimental.symbolic_shapes import guard_or_true
-
-    return guard_or_true(x.numel() == 0)  # a graph whose batch depends on data has to serve an empty one, too

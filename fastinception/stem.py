@@ -21,6 +21,7 @@ from fastinception.pool import MaxPool2d, is_around_every_second, is_launchable,
 # convolution's result had 9217 page faults, which took about as long as the convolution, and its gradient again.
 _KEPT = 2**25 - 2**14
 _PART = 5 * 2**20  # bytes of a part's convolution: 8 images of 96 pixels in the first stage; 4 to 16 took about as long
+_MOST_PARTS = 8  # of a compiled graph, which holds the layers once for each
 
 # On cores with AVX2 alone oneDNN convolves images of few channels in channels_last at a third of the speed that it has
 # into its own blocked layout (jit:avx2), where it pools faster, too. With AVX-512 (Intel) both layouts take as long.
@@ -73,9 +74,9 @@ def _in_parts(x: Tensor, conv: Conv2d, pool: MaxPool2d, relu: nn.ReLU) -> Tensor
     saves = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
     blocked = BLOCKED_PAYS and not saves and exact is torch.float32 and x.shape[1] <= _FEW_CHANNELS
     image = _image_bytes(x, conv.weight, conv.stride[0], exact)
-    if not _holds(x.shape[0] * image > (0 if blocked else _KEPT)):
+    if not backends.holds(x.shape[0] * image > (0 if blocked else _KEPT)):
         return cast(Tensor, relu(pool(conv(x))))
-    if not saves and not blocked and _is_compiled_for_one_size(x):
+    if not saves and not blocked and _is_compiled_for_one_size(x) and x.shape[0] * image <= _MOST_PARTS * _KEPT:
         parts = x.split(_evenly(x.shape[0], max(1, _KEPT // image)))
         return torch.cat([relu(pool(conv(part))) for part in parts])
     # By name: a compiled graph does not keep the strides by which one channel tells its format.
@@ -171,14 +172,6 @@ def _is_small(x: Tensor, conv: Conv2d) -> bool:
     if BLOCKED_PAYS or torch.compiler.is_compiling() or x.dim() != 4:
         return False
     return x.shape[0] * conv.out_channels * x.shape[2] * x.shape[3] * 8 <= _KEPT  # 8 bytes a number, and no stride
-
-
-def _holds(what: bool) -> bool:
-    if not torch.compiler.is_compiling():
-        return what
-    from torch.fx.experimental.symbolic_shapes import guard_or_true
-
-    return bool(guard_or_true(what))  # a graph whose batch depends on data takes the operator, which serves any
 
 
 def _is_compiled_for_one_size(x: Tensor) -> bool:

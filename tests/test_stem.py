@@ -450,6 +450,7 @@ def test_a_program_that_is_kept_takes_any_batch(program, monkeypatch):
 def test_autocast(compiled, widened, trained, monkeypatch):
     """Casts as the layers' convolution does, in a compiled graph as well, and widens what is slower."""
     monkeypatch.setattr(backends, "_WIDENED", {torch.bfloat16: 0} if widened else {})
+    monkeypatch.setattr(stem, "_KEPT", 5 * 64 * 13 * 11 * 4)
     own, x = stage(0, monkeypatch)
     run = torch.compile(own, fullgraph=True, backend="aot_eager") if compiled else own
     params = list(own.parameters())
@@ -522,6 +523,10 @@ def test_compiled_inference_of_one_size_has_few_parts(dynamic, blocked, monkeypa
         assert len(graphs) == (1 if dynamic else 2)
         run = torch.compile(own, fullgraph=True, dynamic=False, backend="aot_eager")
         assert operators(lambda: run(x[:5])) == ({"fastinception::conv_pool_relu"} if blocked else set())
+        monkeypatch.setattr(stem, "_KEPT", 64 * 13 * 11 * 4)
+        for images, parts in ((8, True), (9, False)):  # a graph of any number of parts would take long to compile
+            run = torch.compile(own, fullgraph=True, dynamic=False, backend="aot_eager")
+            assert bool(operators(lambda run=run, images=images: run(x[:images]))) is not (parts and not blocked)
 
 
 @pytest.mark.parametrize(
