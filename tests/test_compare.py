@@ -485,6 +485,11 @@ def test_a_cpu_that_emulates_bf16_measures_it_only_if_asked(monkeypatch: pytest.
     assert len(notes) == 5
     assert "no bf16 rows" in notes[1]
     assert "slower in bf16" in notes[3]
+    notes.clear()
+    monkeypatch.setattr(backends, "_WIDENED", {torch.bfloat16: 256})
+    compare.run(compare.parse(["--device", "cpu"]), mock.Mock(), mock.MagicMock(), mock.Mock())
+    assert len(notes) == 1
+    assert "slower in bf16" in notes[0]
 
 
 def test_a_gpu_run_has_every_compile_mode_and_cuda_graph_of_both() -> None:

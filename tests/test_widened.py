@@ -186,7 +186,7 @@ TILES = {"amx_bf16": True, "amx_fp16": True}
         (EPYC, (True, False), {torch.float16: 0}),
         (EPYC | TILES, (True, True), {}),
         (XEON, (False, False), {torch.bfloat16: 0, torch.float16: 0}),
-        (XEON | {"amx_bf16": False}, (True, True), {torch.bfloat16: 512, torch.float16: 0}),
+        (XEON | {"amx_bf16": False}, (True, True), {torch.bfloat16: 256, torch.float16: 0}),
         (XEON | {"amx_bf16": True}, (True, True), {torch.float16: 0}),
         (XEON | TILES, (True, True), {}),
         ({}, (True, True), {torch.float16: 0}),
