@@ -74,15 +74,16 @@ def needed(ctx: Any, count: int) -> list[bool]:
     ``ctx.needs_input_grad`` tells what requires one; of these ``torch.autograd.grad(y, x)`` leads to x's alone. Takes
     about 5 us, and 30 more for each of two leaves whose gradients are asked for by name.
     """
-    required = [node is not None for node, _ in ctx.next_functions[:count]]
-    required += [False] * (count - len(required))  # what is None has no node
+    nodes = [node for node, _ in ctx.next_functions[:count]]
+    nodes += [None] * (count - len(nodes))  # what is None has no node
+    required = [node is not None for node in nodes]
     if torch.compiler.is_compiling():  # compiled autograd traces this, and no node of another function
         return required
-    found, named = list(required), 0
-    for i, (node, _) in enumerate(ctx.next_functions[:count]):
+    found, named, runs = list(required), 0, torch._C._will_engine_execute_node
+    for i, node in enumerate(nodes):
         if node is not None:
             try:
-                found[i] = torch._C._will_engine_execute_node(node)
+                found[i] = runs(node)
             except RuntimeError:  # a leaf that was asked for by name
                 named += 1
                 if named == 2:  # who asks for two will ask for most, and an exception takes its time

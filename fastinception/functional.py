@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastinception import aten, backends, eager, ops
 from fastinception.backends import Path
@@ -55,94 +56,102 @@ def inception(
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
     relu = activation == "relu"
     x, params = _cast(x, params)
-    # Of what is no tensor the checks say so.
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(getattr(p, "requires_grad", 0) for p in params))
-    known = _known(x, params, backend, needs_grad, relu) if out is None else None
-    path = None if known else _path(x, params, backend)  # what is known was checked
-    if path is None or (known is not None and path.name == "triton"):
-        return eager.run_triton(cast(replay.Known, known), x, params, needs_grad, relu)
-    if not relu and (path.name == "aten" or (needs_grad and out is None)):
-        path = Path("plain", "only Triton's forward comes without ReLU")
-    if out is not None and path.name == "plain":
-        return copy_into(out, aten.compose(x, params, relu), (x, *params))
     if out is not None:
-        _check_out(out, ops.output_shape(x, params), x, needs_grad)
-        torch.ops.fastinception.inception_out(x, *params, path.name, out, relu)
-        if path.name == "triton" and not torch.compiler.is_compiling() and not out.is_inference():
-            torch.autograd.graph.increment_version(out)  # a kernel writes behind autograd's back
-        return out
-    if path.name == "aten" and backends.widened(x.dtype, x):
-        with torch.autocast("cpu", enabled=False):  # it would narrow the convolutions' operands again
-            return _compute(path, x.float(), [p.float() for p in params], needs_grad, relu).to(x.dtype)
-    return _compute(path, x, params, needs_grad, relu)
+        return _write(out, x, params, backend, relu)
+    seen = _seen_like(x, backend, relu, params)
+    way = None if seen is None else replay.recall(seen, (x, *params))
+    if way is None:
+        way = _choose(x, params, backend, relu)
+        if seen is not None:
+            replay.remember(seen, (x, *params), way)
+    return _compute(way, x, params)
 
 
-def _known(x: Tensor, params: Sequence[Tensor], backend: str, needs_grad: bool, relu: bool) -> replay.Known | None:
-    """Return what is known of calls like this, nothing at first, or None where nothing ever is.
+class _Way(NamedTuple):
+    """How a call is computed, and all like it."""
 
-    That is where Triton is out of the question, something watches the call, or a tensor is not what its memory says. In
-    all other calls the checks and the choice of the path depend on what the launches depend on, and on nothing else.
+    path: str  # as in Path
+    relu: bool
+    needs_grad: bool
+    known: replay.Known | None  # of such calls by Triton, where nothing watches
+
+
+@configs.cached
+def _seen(*key: Any) -> replay.Seen:
+    """Return what was seen of calls with this key: operands, and their ways."""
+    return []
+
+
+def _seen_like(x: Tensor, backend: str, relu: bool, params: Sequence[Tensor]) -> replay.Seen | None:
+    """Return what was seen of calls whose operands may be like these, or None where they do not say all.
+
+    To choose a way, and to check the operands for it, takes the host longer than to compare them with earlier ones. All
+    depends on them, on the moment, and for Triton on a few things more; its kernels depend on their alignment, too.
     """
-    if torch.compiler.is_compiling() or backend == "aten" or (needs_grad and not relu):
+    if eager.watched() or forward_ad._current_level >= 0:
         return None
-    if not (x.is_cuda or (x.is_cpu and backend == "triton")):
+    operands = x, *params
+    if not {*map(type, operands)} <= backends.PLAIN or backend not in backends.BACKENDS:
         return None
-    tensors = (x, *params)
-    if not {*map(type, tensors)} <= backends.PLAIN:
-        return None
-    if backends.special_state() or eager.watched():
-        return None
-    known = replay.known("call", backend, needs_grad, relu, replay.facts(tensors))
-    # The facts tell negated tensors apart, so that something known is known of others.
-    return None if not known and any(map(Tensor.is_neg, tensors)) else known
+    about = backend, relu, torch.is_grad_enabled(), x.shape
+    if backend == "aten" or (x.is_cpu and backend == "auto"):
+        return _seen(*about)
+    return _seen(*about, *replay.surroundings(x)) if replay.are_aligned(operands) else None
 
 
-def _compute(path: Path, x: Tensor, params: Sequence[Tensor], needs_grad: bool, relu: bool) -> Tensor:
-    if path.name == "plain" or _few(path, x):
-        return aten.compose(x, params, relu)
-    if path.name == "aten" and not needs_grad and torch.compiler.is_compiling():
+def _choose(x: Tensor, params: Sequence[Tensor], backend: str, relu: bool) -> _Way:
+    """Check the arguments and return how they are computed."""
+    path = _select(x, params, backend).name
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *params))
+    if not relu and (path == "aten" or needs_grad):  # only Triton's forward comes without ReLU
+        path = "plain"
+    known = None
+    if path == "triton" and not eager.watched() and not any(map(Tensor.is_neg, (x, *params))):
+        known = replay.known("call", backend, needs_grad, relu, replay.facts((x, *params)))
+    return _Way(path, relu, needs_grad, known)
+
+
+def _compute(way: _Way, x: Tensor, params: Sequence[Tensor]) -> Tensor:
+    if way.known is not None:
+        return eager.run_triton(way.known, x, params, way.needs_grad, way.relu)
+    if way.path == "aten" and backends.widened(x.dtype, x):
+        with torch.autocast("cpu", enabled=False):  # it would narrow the convolutions' operands again
+            return _compute(way, x.float(), [p.float() for p in params]).to(x.dtype)
+    if way.path == "plain" or (way.path == "aten" and _is_few(x)):
+        return aten.compose(x, params, way.relu)
+    if way.path == "aten" and not way.needs_grad and torch.compiler.is_compiling():
         return aten.compose_for_inductor(x, params) if x.device.type == "cpu" else aten.compose(x, params)
-    if path.name == "aten" and not needs_grad:
+    if way.path == "aten" and not way.needs_grad:
         y = ops.empty_output(x, params)
         aten.forward(x, params, y)
         return y
-    return eager.run(path.name, x, params, needs_grad, relu)
+    return eager.run(way.path, x, params, way.needs_grad, way.relu)
 
 
-def _few(path: Path, x: Tensor) -> bool:
-    return path.name == "aten" and x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() <= FEW
+def _write(out: Tensor, x: Tensor, params: Sequence[Tensor], backend: str, relu: bool) -> Tensor:
+    """Write the block of ``x`` into ``out`` and return that."""
+    path = _select(x, params, backend).name
+    if path == "plain" or (path == "aten" and not relu):
+        return copy_into(out, aten.compose(x, params, relu), (x, *params))
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *params))
+    _check_out(out, ops.output_shape(x, params), x, needs_grad)
+    torch.ops.fastinception.inception_out(x, *params, path, out, relu)
+    if path == "triton" and not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # a kernel writes behind autograd's back
+    return out
+
+
+def _is_few(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() <= FEW
 
 
 def explain(x: Tensor, params: Sequence[Tensor], backend: str) -> Path:
     """Return the path of a call, and why it takes that."""
     x, params = _cast(x, params)
     path = _select(x, params, backend)
-    return (
-        Path("plain", f"{path.reason}, and for few elements standard operators are faster") if _few(path, x) else path
-    )
-
-
-def _path(x: Tensor, params: Sequence[Tensor], backend: str) -> Path:
-    """Return the path of a call that was checked: on a CPU that of an earlier one, where the operands are like its own.
-
-    There they alone decide, but for special states; to look at them one by one takes as long as some convolutions of
-    one image.
-    """
-    alone = x.is_cpu and type(x) in backends.PLAIN and not torch.compiler.is_compiling()
-    if not alone or backend not in ("auto", "aten") or backends.special_state() is not None:
-        return _select(x, params, backend)
-    seen = _seen(backend, x.shape)
-    path = replay.recall(seen, (x, *params))
-    if path is None:
-        path = _select(x, params, backend)
-        if path.name == "aten":  # a subclass among the params has sizes and costs of its own
-            replay.remember(seen, (x, *params), path)
-    return cast(Path, path)
-
-
-@configs.cached
-def _seen(*key: Any) -> replay.Seen:
-    return []
+    if path.name == "aten" and _is_few(x):
+        return Path("plain", f"{path.reason}, and for few elements standard operators are faster")
+    return path
 
 
 def _select(x: Tensor, params: Sequence[Tensor], backend: str) -> Path:

@@ -233,9 +233,8 @@ def known(*key: Any) -> Known:
 
 def facts(tensors: Sequence[Tensor]) -> Any:
     """Return what stands for all that launches for these operands depend on: one object for the same facts."""
-    gpu = target.gpu(tensors[0].device)
-    about = gpu, target.input_precision(tensors[0].dtype, gpu), target.interpreted()
-    compared = TensorGuards is not None and functools.reduce(operator.or_, map(Tensor.data_ptr, tensors)) % 16 == 0
+    about = surroundings(tensors[0])
+    compared = TensorGuards is not None and are_aligned(tensors)
     seen = _seen(*about, tensors[0].shape, len(tensors)) if compared else []
     if (found := recall(seen, tensors)) is None:
         found = _found(
@@ -245,6 +244,17 @@ def facts(tensors: Sequence[Tensor]) -> Any:
         if compared:
             remember(seen, tensors, found)
     return found
+
+
+def surroundings(x: Tensor) -> tuple[target.Gpu, str, bool]:
+    """Return what launches depend on beside their operands."""
+    gpu = target.gpu(x.device)
+    return gpu, target.input_precision(x.dtype, gpu), target.interpreted()
+
+
+def are_aligned(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether all addresses are multiples of 16: Triton compiles other kernels for others."""
+    return functools.reduce(operator.or_, map(Tensor.data_ptr, tensors)) % 16 == 0
 
 
 Seen = list[tuple[Any, Any]]  # what compares others with tensors that were seen, and what stands for these

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastinception import Inception, functional
 from fastinception.functional import inception
@@ -57,7 +60,16 @@ def close(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 def known_of(net: Inception, x: Tensor, train: bool) -> replay.Known | None:
     with torch.set_grad_enabled(train):
-        return functional._known(x.detach().requires_grad_(train), params_of(net), "triton", train, True)
+        return functional._choose(x.detach().requires_grad_(train), params_of(net), "triton", True).known
+
+
+@contextmanager
+def checked() -> Iterator[list[Any]]:
+    """Return the calls that are checked, and not taken for an earlier one."""
+    own, checks = functional._choose, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "_choose", lambda *args: checks.append(args) or own(*args))
+        yield checks
 
 
 def is_known(net: Inception, x: Tensor, train: bool) -> bool:
@@ -82,9 +94,10 @@ def planned(request):
     configs.forget()
 
 
-def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every call fail that is not replayed."""
-    monkeypatch.setattr(functional, "_select", lambda *args: pytest.fail("a known call was checked again"))
+def forbid(monkeypatch: pytest.MonkeyPatch, checks: bool = True) -> None:
+    """Have every call fail that is planned again, and with ``checks`` one that is only checked again."""
+    if checks:
+        monkeypatch.setattr(functional, "_choose", lambda *args: pytest.fail("a known call was checked again"))
     for name in ("forward", "backward"):
         monkeypatch.setattr(launches, name, lambda *args, **kwargs: pytest.fail("a known call was planned again"))
 
@@ -107,7 +120,7 @@ def test_calls_are_known_without_pytorchs_own_comparison(planned, train, monkeyp
     monkeypatch.setattr(replay, "TensorGuards", None)
     call(net, x, train)
     expected = truth(net, -x, train)
-    forbid(monkeypatch)
+    forbid(monkeypatch, checks=False)
     close(call(net, -x, train), expected)
 
 
@@ -121,7 +134,7 @@ def test_inference_and_training_are_two_calls(planned, train):
 @pytest.mark.parametrize("train", [False])
 def test_a_known_call_keeps_to_inference_mode(planned, train, monkeypatch):
     net, x = planned
-    forbid(monkeypatch)
+    forbid(monkeypatch, checks=False)
     with torch.inference_mode():
         assert inception(x, list(net.parameters()), backend="triton").is_inference()
     with torch.no_grad():
@@ -177,10 +190,13 @@ def test_another_call_is_not_taken_for_a_known_one(planned, change, train):
     else:
         net, x = net.half(), x.half()
     assert not is_known(net, x, train)
-    for _ in range(2):  # planned, then known
-        ours, plains = call(net, x, train), truth(net, x, train)
+    for again in (False, True):
+        with checked() as checks:
+            ours, plains = call(net, x, train), truth(net, x, train)
         close(ours, plains)
         assert ours[0].stride() == plains[0].stride()
+        assert not checks or not again or change.startswith("misaligned")  # what is misaligned is always checked
+        assert checks or again
 
 
 @MODES
@@ -213,6 +229,18 @@ def test_a_bad_call_is_an_error_after_a_known_one(planned, wrong, train):
         inception(x, params, backend=backend)
 
 
+class Operators(TorchDispatchMode):
+    """Remember the names of all operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 @MODES
 def test_what_watches_a_call_meets_it_after_a_known_one(planned, train):
     net, x = planned
@@ -233,6 +261,9 @@ def test_what_watches_a_call_meets_it_after_a_known_one(planned, train):
     assert inception(x, params_of(net), backend="triton").requires_grad
     assert run(x.detach().requires_grad_()).requires_grad
     torch.testing.assert_close(run(torch._neg_view(-x)), expected)
+    with Operators() as operators:
+        torch.testing.assert_close(run(x), expected)
+    assert "fastinception.triton_forward.default" in operators.names
     relus = [bool(inception(x, params, backend="triton", activation=a).min() >= 0) for a in 2 * ("relu", "none")]
     assert relus == [True, False, True, False]
 
@@ -281,9 +312,13 @@ def test_what_takes_more_than_launches_is_never_replayed(planned, special, train
 def test_what_is_not_of_the_operands_is_part_of_the_key(planned, changed, train, monkeypatch):
     net, x = planned
     assert is_known(net, x, train)
-    another = target.Gpu("another", "cpu") if changed == "gpu" else "another"
+    another = {"gpu": target.Gpu("another", "cpu"), "input_precision": "tf32", "interpreted": "another"}[changed]
     monkeypatch.setattr(target, changed, lambda *_: another)
     assert not is_known(net, x, train)
+    monkeypatch.setattr(target, "unsupported", lambda *_: None)
+    with checked() as checks:
+        call(net, x, train)
+    assert checks
 
 
 class Marked(Tensor):
@@ -376,7 +411,7 @@ def test_a_known_backward_is_not_taken_for_one_that_needs_others(planned, wanted
             torch.autograd.grad(y, [inputs[i] for i in wanted], upstream, retain_graph=True) for y in (ours, theirs)
         ]
         close(*map(list, grads))
-    assert len(backwards_of(functional._known(x, inputs[1:], "triton", True, True))) == 2
+    assert len(backwards_of(functional._choose(x, inputs[1:], "triton", True).known)) == 2
 
 
 @pytest.mark.parametrize("known", [False, True])
