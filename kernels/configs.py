@@ -77,7 +77,7 @@ def _block_k(dtype: torch.dtype, chip: str) -> int:
 
 
 def _stages(chip: str) -> int:
-    # 64 KB on sm_90 and 96 KB on sm_80 hold two steps of copies beside the products of a third.
+    # Both hold two steps of copies beside the products of a third, in 96 KB: on sm_80 the fourth takes none.
     return 4 if chip == "sm_80" else 3
 
 
@@ -117,11 +117,13 @@ class Sweep(NamedTuple):
 # Memory decides their time, whatever the shape: 16 bytes a lane in two-byte types, and enough programs.
 SPLIT = Sweep(64, 64, num_warps=4, steps=4)
 POOL = Sweep(32, 64, num_warps=4)
-SUM = Sweep(16, 128, num_warps=4)  # parts at a time, elements
+# Parts at a time, elements. A weight has 2 to 15 parts in GoogLeNet's blocks, a bias up to 144.
+SUM_FEW, SUM_MANY = Sweep(1, 1024, num_warps=4), Sweep(16, 128, num_warps=4)
 _INTERPRETED = {
     SPLIT: Sweep(128, 128, num_warps=4, steps=2),
     POOL: Sweep(128, 128, num_warps=4),
-    SUM: Sweep(4, 16384, num_warps=4),
+    SUM_FEW: Sweep(1, 16384, num_warps=4),
+    SUM_MANY: Sweep(4, 16384, num_warps=4),
 }
 FEWER = 4  # times as few rows as were tuned for
 NEAR = 8  # times, all factors between two shapes: 2.2 between blocks of a stage, up to thousands between others
@@ -249,10 +251,11 @@ def default(kernel: str, rows: int, columns: int, dtype: torch.dtype, gpu: Gpu) 
 
 def _smaller(large: Tiles) -> Iterator[Tiles]:
     # Hopper's tensor cores take 64 pixels at least; with fewer channels, the instructions beside them bound the loop.
-    for block_m, block_n, pool_m in ((64, 128, 64), (64, 64, 32)):
-        # As many bytes on their way beside the step in use, to hide latency; the pool, unpipelined, gets longer steps.
+    for block_m, block_n in ((64, 128), (64, 64)):
+        # As many bytes on their way beside the step in use, to hide latency. The pool, unpipelined, gets fewer pixels
+        # and no shorter steps: each waits for its loads.
         stages = 1 + (large.num_stages - 1) * (large.block_m + large.block_n) // (block_m + block_n)
-        pool = large.pool and (pool_m, large.pool[1], max(16, large.pool[0] * large.pool[2] // (2 * pool_m)))
+        pool = large.pool and (32, large.pool[1], max(16, large.pool[0] * large.pool[2] // 64))
         yield replace(large, block_m=block_m, block_n=block_n, num_warps=4, num_stages=stages, pool=pool)
 
 

@@ -34,6 +34,7 @@ def _pool_gradient_kernel(
     h = offs_m // W % H
     w = offs_m % W
     dtype: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
+    CHUNK: tl.constexpr = 128 // grad_ptr.dtype.element_ty.primitive_bitwidth
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=dtype)
     for tap in tl.static_range(9):  # the pixel is this tap of the window around (h - dh, w - dw)
         dh = tap // 3 - 1
@@ -41,7 +42,8 @@ def _pool_gradient_kernel(
         inside = mask_m & (h - dh >= 0) & (h - dh < H) & (w - dw >= 0) & (w - dw < W)
         mask = inside[:, None] & mask_n[None, :]
         offsets = (offs_m - dh * W - dw).to(tl.int64)[:, None] * K + offs_n[None, :]
-        codes = tl.load(codes_ptr + offsets, mask=mask, other=255)
+        # 16 bytes of codes a thread, in the layout of both, would take every second 16 bytes of the gradient at a time.
+        codes = tl.load(codes_ptr + tl.max_contiguous(offsets, (1, CHUNK)), mask=mask, other=255)
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
         acc += tl.where(codes == tap // 3 * 4 + tap // 6 * 4 + tap % 3 + tap % 3 // 2, grad.to(dtype), 0.0)
     store_out(out_ptr, acc, offs_m, M, first, K, H * W, stride_on, stride_op, stride_oc, 0, RUN)

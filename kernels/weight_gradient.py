@@ -160,27 +160,43 @@ def _sum_kernel(
     parts,
     strides,
     ALIGNED: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    FEW_P: tl.constexpr,
+    FEW_N: tl.constexpr,
+    MANY_P: tl.constexpr,
+    MANY_N: tl.constexpr,
 ):
-    """Add up the parts of BLOCK_N elements of one result, each BLOCK_P-th in order, and their BLOCK_P sums at the end.
+    """Add up the parts of some elements of one result, by a tile for few parts or by one for more than MANY_P.
 
-    A sum over the tile in each step would wait for its loads, and for all threads, before the next. The tiles of the
-    results follow one another; ``firsts`` is where each result's begin. ALIGNED divides sums, sizes and strides.
+    The tiles of the results follow one another; ``firsts`` is where each result's begin. ALIGNED divides sums, sizes
+    and strides.
     """
-    tile = tl.program_id(0)
-    start = number_of(tile, firsts, sums, ALIGNED)
-    size = number_of(tile, firsts, sizes, ALIGNED)
-    count = number_of(tile, firsts, parts)
-    offs_n = (tile - number_of(tile, firsts, firsts)) * BLOCK_N + tl.arange(0, BLOCK_N)
+    program = tl.program_id(0)
+    partials_ptr += number_of(program, firsts, sums, ALIGNED)
+    size = number_of(program, firsts, sizes, ALIGNED)
+    count = number_of(program, firsts, parts)
+    tile = program - number_of(program, firsts, firsts)
+    stride = number_of(program, firsts, strides, ALIGNED).to(tl.int64)
+    out_ptr = pointer_of(program, firsts, out_ptrs, False)
+    if count > MANY_P:
+        _sum_tile(tile, partials_ptr, out_ptr, size, count, stride, MANY_P, MANY_N)
+    else:
+        _sum_tile(tile, partials_ptr, out_ptr, size, count, stride, FEW_P, FEW_N)
+
+
+@triton.jit
+def _sum_tile(tile, partials_ptr, out_ptr, size, count, stride, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Add up the parts of BLOCK_N elements, each BLOCK_P-th in order, and these BLOCK_P sums at the end.
+
+    A sum over the tile in each step would wait for its loads, and for all threads, before the next.
+    """
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < size
     offs_p = tl.arange(0, BLOCK_P)
-    stride = number_of(tile, firsts, strides, ALIGNED).to(tl.int64)
-    part = partials_ptr + start + offs_p[:, None] * stride + offs_n[None, :]
+    part = partials_ptr + offs_p[:, None] * stride + offs_n[None, :]
     total = tl.zeros((BLOCK_P, BLOCK_N), dtype=partials_ptr.dtype.element_ty)
     for done in tl.range(0, count, BLOCK_P, loop_unroll_factor=4):
         total += tl.load(part + done * stride, mask=(offs_p < count - done)[:, None] & mask_n[None, :], other=0.0)
-    tl.store(pointer_of(tile, firsts, out_ptrs, False) + offs_n, tl.sum(total, axis=0), mask=mask_n)
+    tl.store(out_ptr + offs_n, tl.sum(total, axis=0), mask=mask_n)
 
 
 class Division(NamedTuple):
@@ -285,11 +301,13 @@ def add_up(sums: tuple[Sum, ...], outs: Sequence[Tensor], partials: Tensor) -> L
 
 @configs.cached
 def _sum_launch(sums: tuple[Sum, ...], gpu: target.Gpu) -> configs.Launch:
-    config = configs.sweep(configs.SUM, gpu)
+    few, many = configs.sweep(configs.SUM_FEW, gpu), configs.sweep(configs.SUM_MANY, gpu)
     elements, starts, parts, strides = zip(*sums, strict=True)
-    *firsts, end = itertools.accumulate((configs.tiles(size, config.block_n) for size in elements), initial=0)
+    blocks = [(many if count > many.block_m else few).block_n for count in parts]
+    tiles = (configs.tiles(size, block_n) for size, block_n in zip(elements, blocks, strict=True))
+    *firsts, end = itertools.accumulate(tiles, initial=0)
     return configs.launch(
         end, (tuple(firsts), starts, elements, parts, strides),
         ALIGNED=math.gcd(8, *elements, *starts, *strides),
-        BLOCK_P=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        FEW_P=few.block_m, FEW_N=few.block_n, MANY_P=many.block_m, MANY_N=many.block_n, num_warps=few.num_warps,
     )  # fmt: skip

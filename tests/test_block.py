@@ -284,7 +284,9 @@ def test_what_the_compiler_is_told_holds(monkeypatch, size, format):
 
     def set_attr(handle: Any, name: str, values: list[int]) -> None:
         (*_, n), data = values, np.atleast_1d(handle.data).astype(np.int64)
-        if len(values) == 2:  # of addresses along rows, eight bytes each
+        if len(values) == 2 and name == "tt.contiguity":  # of offsets along rows
+            assert (np.diff(data.reshape(-1, n)) == 1).all(), (n, data)
+        elif len(values) == 2:  # of addresses along rows, eight bytes each
             assert name == "tt.divisibility"
             assert (data[:, :: n // 8] % n == 0).all(), (n, data)
         elif name == "tt.divisibility":  # of each number, or of the first of each n side by side
@@ -311,6 +313,7 @@ def test_what_the_compiler_is_told_holds(monkeypatch, size, format):
     configs.forget()
     assert ("tt.divisibility", 16) in told  # the entry's weights
     assert ("tt.divisibility", 1, 16) in told  # the same, for its gradient
+    assert ("tt.contiguity", 1, 2) in told  # the pool's codes
     # Of taps, as far as 8 divides the channels, and of pixels.
     constant = {n for name, *_, n in told if name == "tt.constancy"}
     assert constant == ({1, 8, run} if format is torch.contiguous_format else {1, 8})

@@ -63,7 +63,8 @@ def large_tiles(monkeypatch):
         sweeps = {
             configs.SPLIT: configs.Sweep(64, size, num_warps=4, steps=4),  # NumPy adds the rows of a tile in one chain
             configs.POOL: configs.Sweep(size, size, num_warps=4),
-            configs.SUM: configs.Sweep(2, size**2, num_warps=4),
+            configs.SUM_FEW: configs.Sweep(1, size**2, num_warps=4),
+            configs.SUM_MANY: configs.Sweep(2, size**2, num_warps=4),
         }
         monkeypatch.setattr(configs, "_INTERPRETED", sweeps)
     configs.forget()

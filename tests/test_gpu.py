@@ -30,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.*")
 
 DEVICE, LOW = ("cpu", torch.float16) if target.interpreted() else ("cuda", torch.bfloat16)
 SMALL = Widths(24, 16, (16, 24), (8, 16), 8)
+NEAR_ZERO = 0.06  # beyond what bf16 moves a sum
 
 
 def _pair(
@@ -71,6 +72,17 @@ def _errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> Errors:
     return Errors(off.pop("output"), off, max(off.values(), default=0.0))
 
 
+def _before_relu(block: Inception, x: Tensor) -> Tensor:
+    """Return the block's output before its last ReLUs."""
+    found = []
+    convs = (block.p1_1, block.p2_2, block.p3_2, block.p4_2)
+    handles = [conv.register_forward_hook(lambda *args: found.append(args[-1])) for conv in convs]
+    block(x)
+    for handle in handles:
+        handle.remove()
+    return torch.cat(found, dim=1)
+
+
 def _check_step(
     widths: Widths,
     shape: tuple[int, int, int],
@@ -87,17 +99,22 @@ def _check_step(
     plain, fast = _pair(widths, dtype, format)
     n, height, width = shape
     x = _images(n, widths.in_channels, height, width, dtype=dtype).contiguous(memory_format=format)
+    with torch.no_grad():
+        exact = Inception(*widths).to(DEVICE, torch.float64)
+        exact.load_state_dict(plain.state_dict())
+        before_relu = _before_relu(exact, x.double())
     grad = torch.randn_like(plain(x))
     if expanded:
         grad = grad[0, 0, 0, 0].expand_as(grad)
+    else:
+        # Where rounding moves a number across a ReLU's zero, a gradient jumps by more than is allowed, and the library
+        # rounds twice what the kernels round once: simulated, 1 to 7% of right blocks of these sizes would fail.
+        grad *= before_relu.abs() > NEAR_ZERO
     if misaligned:
         x, grad = _misaligned(x), _misaligned(grad)
         for p in fast.parameters():
             p.data = _misaligned(p)
         assert {t.data_ptr() % 16 for t in (x, grad, *fast.parameters())} == {dtype.itemsize}
-    with torch.no_grad():
-        exact = Inception(*widths).to(DEVICE, torch.float64)
-        exact.load_state_dict(plain.state_dict())
     truth = _step(exact, x.double(), grad.double(), list(exact.parameters()))
     errors = {
         name: _errors(_step(block, x, grad, list(block.parameters())), truth)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import mmap
 from typing import Any
 from unittest import mock
@@ -266,6 +267,28 @@ def test_infinities_in_a_sum(dtype):
     assert bool(case.results()[0].isnan().any())
     assert bool(case.results()[0].isposinf().any())
     case.check_others()
+
+
+@pytest.mark.device
+def test_sums_of_few_and_of_many_parts(monkeypatch):
+    """In one launch, by the tiles of a GPU: those of few parts are longer."""
+    monkeypatch.setattr(configs, "_INTERPRETED", {})
+    configs.forget()
+    sizes = [(1, 1025), (2, 24), (15, 1024), (16, 130), (17, 129), (40, 128), (3, 2100)]  # parts, elements
+    parts = [normal(count, size) for count, size in sizes]
+    columns = [size + 3 for _, size in sizes]  # between two parts of one
+    partials = torch.cat([F.pad(part, (0, 3), value=torch.nan).flatten() for part in parts]).to(DEVICE)
+    starts = itertools.accumulate((part.shape[0] * (part.shape[1] + 3) for part in parts), initial=0)
+    sums = [
+        weight_gradient_module.Sum(size, start, count, stride)
+        for (count, size), start, stride in zip(sizes, starts, columns, strict=False)
+    ]
+    outs = [torch.full((size + 1,), torch.nan, device=DEVICE) for _, size in sizes]
+    weight_gradient_module.add_up(tuple(sums), [out[:-1] for out in outs], partials)
+    configs.forget()
+    for out, part in zip(outs, parts, strict=True):
+        torch.testing.assert_close(out[:-1].cpu(), part.double().sum(0).float(), rtol=1e-5, atol=1e-5)
+        assert out[-1].isnan()
 
 
 @pytest.mark.device
