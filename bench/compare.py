@@ -67,7 +67,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for path in filter(None, (args.json, args.plot)):
         if not path.absolute().parent.is_dir():
             parser.error(f"{path}: there is no folder {path.absolute().parent}")
-        if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        if path.is_dir():
+            parser.error(f"{path} is a folder, and the name of a file was expected")
+        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
             parser.error(f"{path} cannot be written")
     if args.plot and args.plot.suffix != ".png":
         parser.error(f"--plot writes a .png file, got {args.plot}")

@@ -15,7 +15,7 @@ from bench import engines, memory
 from bench.agreement import Disagreement, Errors, check, check_weights, errors, truth
 from bench.engines import Engine
 from bench.floor import Convolutions
-from bench.harness import Batch, Runner, interleave, rate, synchronize, wall_clock
+from bench.harness import Batch, Runner, interleave, page_faults, rate, synchronize, wall_clock
 from bench.report import BASE, FLOOR, Display, Row, with_ratios
 from fastinception.googlenet import GoogLeNet, xavier_uniform_
 
@@ -141,9 +141,12 @@ class Comparison:
         for samples, rounds in interleave(runners, sync, clock=clock, **SCHEDULES[mode, self.quick]._asdict()):
             done = min(map(len, samples.values()))
             self.display.stage(f"{title}: rounds", done, rounds)
-            if done:
-                rows = self._rows(samples, chosen, measured, mode, dtype)
-                self.display.rows(title, rows, final=done == rounds)
+            if 0 < done < rounds:
+                self.display.rows(title, self._rows(samples, chosen, measured, mode, dtype), final=False)
+        for label, run in runners.items() if self.device.type == "cpu" else ():
+            measured.setdefault(label, {})["page_faults"] = page_faults(run)
+        rows = self._rows(samples, chosen, measured, mode, dtype)
+        self.display.rows(title, rows, final=True)
         for label, runner in runners.items():
             if not all(bool(torch.isfinite(p).all()) for p in runner.net.parameters()):
                 raise Disagreement(f"{title}: {label} left NaN or infinity in the parameters")

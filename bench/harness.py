@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -43,8 +44,12 @@ def load_batch(
     """
     if synthetic:
         generator = torch.Generator().manual_seed(0)
-        images = torch.rand((size, 1, image_size, image_size), generator=generator)
-        labels = torch.randint(10, (size,), generator=generator)
+        try:
+            images = torch.rand((size, 1, image_size, image_size), generator=generator)
+            labels = torch.randint(10, (size,), generator=generator)
+        except RuntimeError as error:
+            words = f"batch size {size}: images of {image_size} pixels a side do not fit into the memory"
+            raise ValueError(f"{words}: {str(error).splitlines()[0]}") from error
         source = "SYNTHETIC random images, not Fashion-MNIST"
     else:
         data = fashion_mnist("test", image_size=image_size, data_root=data_root, limit=size)
@@ -208,6 +213,17 @@ def interleave(
         for name in names[first:] + names[:first]:
             samples[name] += clock(runs[name], calls[name])
         yield samples, rounds
+
+
+def page_faults(run: Callable[[], object]) -> int:
+    """Return how many pages of memory one call had from the system.
+
+    Each takes about as long as to fill it. Whether malloc keeps a large piece for the next call depends on what else is
+    in the process's heap, so that the same call may have thousands in one process and none in another.
+    """
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def rate(samples: list[float], batch_size: int) -> tuple[float, list[float]]:

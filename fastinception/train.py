@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import importlib.util
 import math
@@ -231,6 +232,18 @@ def _load_data(config: dict[str, Any], root: Path | None) -> tuple[FashionMNIST,
     return train, test
 
 
+def _keep_memory() -> None:
+    """Have glibc's malloc keep for the next step what this one frees; other C libraries do as they do.
+
+    Large tensors are else given back, and come in the next step page by page from the system.
+    """
+    max_mmaps, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(max_mmaps, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
 @contextlib.contextmanager
 def _signals(run: Trainer) -> Iterator[None]:
     """Note SIGINT and SIGTERM for the run's next look, instead of dying of them."""
@@ -270,6 +283,8 @@ def _train(args: argparse.Namespace, world: World) -> int:
 def _train_in(
     folder: Path, state: dict[str, Any] | None, config: dict[str, Any], data_root: Path | None, world: World
 ) -> int:
+    if world.device.type == "cpu":
+        _keep_memory()
     train, test = _load_data(config, data_root)
     compiled = config["compile"]
     if compiled is None:

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import signal
 import struct
 import subprocess
@@ -25,6 +26,7 @@ from PIL import Image
 from fastinception import GoogLeNet, Inception, checkpoint, functional, record, train, trainer
 from fastinception.data import fashion_mnist
 from fastinception.googlenet import xavier_uniform_
+from tests import fresh
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES, TEST_IMAGES, BATCH, EPOCHS = 61, 19, 15, 2
@@ -485,6 +487,37 @@ def test_amp_on_a_cpu_that_is_slower_in_it_is_said(command, tmp_path, monkeypatc
         options = ["--amp", "bf16", "--batch-size", "5", "--limit", "5"]
         assert command(tmp_path / str(slower), *options, epochs=1) == 0
         assert ("slower in bf16 than in fp32" in " ".join(capsys.readouterr().out.split())) is slower
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told to keep memory")
+def test_on_a_cpu_a_step_uses_the_memory_of_the_last(images, tmp_path):
+    """In a process of its own, because it cannot be taken back."""
+    code = """
+import resource, sys
+import torch
+from fastinception import train
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(12 * 2**20) for _ in range(2)]
+    del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(min(faults() for _ in range(8)))
+arguments = "--epochs 1 --batch-size 4 --limit 4 --image-size 32 --device cpu --no-compile".split()
+assert train.main([*arguments, *sys.argv[1:]]) == 0
+print(min(faults() for _ in range(8)))  # pieces have to grow together at first
+"""
+    output, errors = tmp_path / "stdout", tmp_path / "stderr"
+    for file in (output, errors):
+        file.touch()
+    options = ["--data-root", str(images), "--output", str(tmp_path / "run")]
+    process = fresh.start(code, output, errors, options)
+    process.join(fresh.TIMEOUT)
+    assert process.exitcode == 0, errors.read_text()
+    first, *_, last = output.read_text().split("\n")[:-1]
+    assert int(first) > 40  # 96 MB: 24 huge pages each
+    assert int(last) < 20
 
 
 # What stops a run
