@@ -36,7 +36,8 @@ class _Inception(torch.autograd.Function):
         if torch.is_grad_enabled() or forward_ad._current_level >= 0 or watched() or only_dispatched(grad_out):
             grads: Sequence[Tensor | None] = ops.DIFFERENTIATED[ctx.backend](grad_out, saved, needs)
         elif ctx.backend == "aten":
-            grads = ops.aten_gradients(grad_out, *saved, needs)
+            with torch._C.DisableTorchFunctionSubclass():  # whatever comes upstream, the gradients are tensors
+                grads = ops.aten_gradients(grad_out, *saved, needs)
         else:
             grads = ops.triton_gradients(ctx.known, grad_out, *saved, needs)
         return None, None, *grads

@@ -44,8 +44,8 @@ def inception(
             standard operators compute that.
 
     Returns:
-        ``out``, or a new tensor in the memory format of PyTorch's convolutions: channels_last where ``x`` or all
-        weights are, else contiguous.
+        ``out``, or a new tensor in the memory format of PyTorch's convolutions: channels_last where ``x`` is, or a
+        weight of each branch, else contiguous.
 
     Raises:
         TypeError: a tensor has a wrong type or dtype.
@@ -106,7 +106,7 @@ def _choose(x: Tensor, params: Sequence[Tensor], backend: str, relu: bool) -> _W
     if not relu and (path == "aten" or needs_grad):  # only Triton's forward comes without ReLU
         path = "plain"
     known = None
-    if path == "triton" and not eager.watched() and not any(map(Tensor.is_neg, (x, *params))):
+    if path == "triton" and not eager.watched() and not any(map(backends.only_dispatched, (x, *params))):
         known = replay.known("call", backend, needs_grad, relu, replay.facts((x, *params)))
     return _Way(path, relu, needs_grad, known)
 
@@ -135,9 +135,10 @@ def _write(out: Tensor, x: Tensor, params: Sequence[Tensor], backend: str, relu:
         return copy_into(out, aten.compose(x, params, relu), (x, *params))
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *params))
     _check_out(out, ops.output_shape(x, params), x, needs_grad)
+    version = None if torch.compiler.is_compiling() or out.is_inference() else out._version
     torch.ops.fastinception.inception_out(x, *params, path, out, relu)
-    if path == "triton" and not torch.compiler.is_compiling() and not out.is_inference():
-        torch.autograd.graph.increment_version(out)  # a kernel writes behind autograd's back
+    if version is not None and out._version == version:  # a kernel writes behind autograd's back, and so does a mode
+        torch.autograd.graph.increment_version(out)
     return out
 
 
@@ -225,8 +226,8 @@ def _check_input(x: Tensor, params: Sequence[Tensor]) -> None:
         for kind, tensor in (("weight", weight), ("bias", bias)):
             if tensor.dtype is not dtype:
                 raise TypeError(
-                    f"x and the parameters must have one dtype outside autocast, which leaves float64 as it is, got "
-                    f"{dtype} for x and {tensor.dtype} for {name}'s {kind}"
+                    f"x and the parameters must have one dtype, got {dtype} for x and {tensor.dtype} for "
+                    f"{name}'s {kind}: cast one, or call under autocast, which casts all but float64"
                 )
             if tensor.device != device:
                 raise ValueError(
@@ -247,5 +248,11 @@ def _check_out(out: Tensor, shape: Sequence[int], like: Tensor, needs_grad: bool
         raise ValueError(f"out must be {list(shape)}, got {list(out.shape)}")
     if out.device != like.device:
         raise ValueError(f"out must be on {like.device}, got {out.device}")
+    if torch.compiler.is_compiling():
+        own = True
+    else:
+        own = not backends.only_dispatched(out) and (torch.is_inference_mode_enabled() or not out.is_inference())
+    if not own:
+        raise ValueError("out must hold its numbers in memory, and be no tensor of inference mode outside of that")
     if not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)):
         raise ValueError(f"out must be contiguous or channels_last, got the strides {out.stride()}")

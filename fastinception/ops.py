@@ -54,10 +54,15 @@ def output_shape(x: Tensor, params: Sequence[Tensor]) -> tuple[int, int, int, in
 
 
 def empty_output(x: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """Allocate the block's output in the plain block's memory format: channels_last if x or all weights are."""
+    """Allocate the block's output in the plain block's memory format: channels_last if x is, or all branches are.
+
+    A branch is where one of its weights is.
+    """
     format = custom_op.memory_format(x)
     if format is torch.contiguous_format:
-        format = custom_op.memory_format(*params[::2])
+        w1, w21, w22, w31, w32, w42 = (custom_op.memory_format(weight) is torch.channels_last for weight in params[::2])
+        if w1 and (w21 or w22) and (w31 or w32) and w42:
+            format = torch.channels_last
     return _dense(x, output_shape(x, params), format)
 
 

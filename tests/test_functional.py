@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -172,3 +174,29 @@ def test_special_operands_behind_a_call_without_them():
         symbolic = [fake.from_tensor(t) for t in (x, *params)]
         for _ in range(2):
             assert inception(symbolic[0], symbolic[1:]).shape == expected.shape
+
+
+@pytest.mark.parametrize("backend", ["aten", pytest.param("triton", marks=needs_triton)])
+def test_the_memory_format_is_plains_whatever_the_weights_have(backend):
+    plain = Inception(3, 2, (2, 3), (2, 2), 2)
+    weights = [p for p in plain.parameters() if p.dim() == 4]
+    x = torch.randn(2, 3, 4, 5)
+    for formats in itertools.product((torch.contiguous_format, torch.channels_last), repeat=len(weights)):
+        for weight, format in zip(weights, formats, strict=True):
+            weight.data = weight.data.to(memory_format=format)
+        with torch.no_grad():
+            y = inception(x, list(plain.parameters()), backend=backend)
+            assert y.stride() == plain(x).stride(), formats
+
+
+class Marked(Tensor):
+    """A subclass, which PyTorch asks about each operator on it."""
+
+
+@pytest.mark.parametrize("backend", ["aten", pytest.param("triton", marks=needs_triton)])
+def test_gradients_are_plain_tensors_whatever_comes_upstream(backend):
+    plain = Inception(3, 2, (2, 3), (2, 2), 2)
+    x = torch.randn(2, 3, 4, 5, requires_grad=True)
+    y = inception(x, list(plain.parameters()), backend=backend)
+    grads = torch.autograd.grad(y, [x, *plain.parameters()], torch.ones_like(y).as_subclass(Marked))
+    assert {type(grad) for grad in grads} == {Tensor}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -234,3 +236,31 @@ def test_out_can_be_used_again_and_bumps_its_version(path):
         torch.testing.assert_close(out, block(2 * x))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_write_is_seen_by_autograd(path, passing):
+    """Under a dispatch mode, too, which keeps PyTorch from counting what an operator writes."""
+    block, x, _ = make(path)
+    out = torch.zeros(SHAPE)
+    for mode in (nullcontext(), passing()):
+        weight = torch.ones(SHAPE, requires_grad=True)
+        total = (weight * out).sum()
+        with torch.no_grad(), mode:
+            block(x, out=out)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            total.backward()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", ["negated", "of inference mode"])
+def test_out_that_cannot_be_written_is_refused(path, kind):
+    block, x, _ = make(path)
+    if kind == "negated":
+        out = torch._neg_view(torch.zeros(SHAPE))
+    else:
+        with torch.inference_mode():
+            out = torch.zeros(SHAPE)
+    with torch.no_grad(), pytest.raises(ValueError, match="must hold its numbers in memory"):
+        block(x, out=out)
+    assert not out.any()
