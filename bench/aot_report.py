@@ -176,6 +176,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--against {args.against} is no report: it lacks {', '.join(sorted(missing))}")
     if args.json is not None and not args.json.absolute().parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
+    if args.json is not None and args.json.is_dir():
+        parser.error(f"--json {args.json} is a folder, and the name of a file was expected")
     if target.interpreted():
         parser.error("TRITON_INTERPRET is set, and the interpreter replaces the compiler: unset it")
     try:

@@ -92,7 +92,8 @@ class FastInception(Inception):
             got = f"{_name(kind)}{', patched' if patched else ''}"
             raise TypeError(
                 f"from_reference takes a fastinception.Inception with its own forward, got {got}; for another "
-                f"class with the same convolutions, build {cls.__name__} with the same widths and load their weights"
+                f"class with the same convolutions and no others, build {cls.__name__} with the same widths and load "
+                f"their weights, under the names {', '.join(_CONVS)}"
             )
         fast = cls.__new__(cls)
         fast.__dict__.update(module.__dict__)

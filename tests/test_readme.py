@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 import socket
 from pathlib import Path
@@ -11,15 +12,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastinception import FastInception, explain
+from fastinception import FastInception, Inception, explain, functional
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
-def _snippets() -> list[str]:
-    """Return the Python blocks; those that show a prompt are sessions with names of their own."""
+def _snippets(*, sessions: bool = False) -> list[str]:
+    """Return the Python blocks, those without a prompt or those that show one."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    return [block for block in blocks if not block.startswith(">>>")]
+    return [block for block in blocks if block.startswith(">>>") is sessions]
+
+
+def test_the_session_prints_what_it_shows(usual_few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "FEW", usual_few)
+    (session,) = _snippets(sessions=True)
+    test = doctest.DocTestParser().get_doctest(session, {}, "README.md", str(README), None)
+    results = doctest.DocTestRunner().run(test)
+    assert (results.attempted, results.failed) == (5, 0)
 
 
 @pytest.fixture
@@ -42,6 +51,7 @@ def test_the_snippets_run_and_do_what_they_say() -> None:
 
     names = {}
     exec(swap, names)
+    assert type(names["swap"](Inception(3, 2, (2, 2), (2, 2), 2))) is FastInception
     (block,) = [m for m in names["net"].modules() if isinstance(m, FastInception)]
     assert explain(block, torch.rand(1, 192, 4, 4)).name == "aten"
 
