@@ -49,7 +49,9 @@ def passing() -> type[TorchDispatchMode]:
 
 
 # The files that take longest, the longest first: what is left for the end is short, and no worker waits for another.
-LONGEST = ("equivalence", "compile", "train", "compare", "gpu_suite", "ops", "aot", "replay", "training", "special")
+LONGEST = (
+    "equivalence", "compile", "train", "compare", "gpu_suite", "ops", "aot", "ptx", "replay", "training", "special",
+)  # fmt: skip
 
 
 def on_gpu(config: pytest.Config) -> bool:
