@@ -321,7 +321,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit status: 0, or 3 where blocks are left."""
+    """Run the command; return its exit status."""
     args = parse(argv)
     units = [
         Unit(block, widths, batch, image_size, dtype)
@@ -351,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.backends.cudnn.benchmark = benchmark
     configs.forget()
     display.say(f"{args.output}: {len(units) - left} blocks; {f'{left} are left, run again' if left else 'all done'}")
-    return 3 if left else 0
+    return 0
 
 
 if __name__ == "__main__":
