@@ -64,6 +64,7 @@ class Schedule(NamedTuple):
 # Before each sample on a CPU, in seconds: PyTorch's threads spin for some milliseconds after a run, and an engine with
 # threads of its own would share the cores with them (OpenVINO lost 7 to 14%).
 PAUSE = 0.05
+MANY_FAULTS = 1000  # in a call; each takes about a microsecond
 SCHEDULES = {
     ("inference", False): Schedule(warmup=1.0, rounds=7, seconds=12.0),
     ("training", False): Schedule(warmup=1.0, rounds=5, seconds=15.0),
@@ -143,10 +144,13 @@ class Comparison:
             self.display.stage(f"{title}: rounds", done, rounds)
             if 0 < done < rounds:
                 self.display.rows(title, self._rows(samples, chosen, measured, mode, dtype), final=False)
-        for label, run in runners.items() if self.device.type == "cpu" else ():
-            measured.setdefault(label, {})["page_faults"] = page_faults(run)
+        faults = {label: page_faults(run) for label, run in runners.items()} if self.device.type == "cpu" else {}
+        for label, count in faults.items():
+            measured.setdefault(label, {})["page_faults"] = count
         rows = self._rows(samples, chosen, measured, mode, dtype)
         self.display.rows(title, rows, final=True)
+        if many := [f"{label} {count:,}" for label, count in faults.items() if count >= MANY_FAULTS]:
+            self.note(f"{title}: page faults in one call (the others had few): {', '.join(many)}")
         for label, runner in runners.items():
             if not all(bool(torch.isfinite(p).all()) for p in runner.net.parameters()):
                 raise Disagreement(f"{title}: {label} left NaN or infinity in the parameters")

@@ -40,13 +40,8 @@ def table(title: str, rows: list[Row]) -> Table:
     view = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     view.add_column("variant", no_wrap=True)
     headers = ["examples/s", "spread", "vs plain\neager NCHW", "vs best\nplain", "outside\nconvs"]
-    columns: dict[str, tuple[str, float]] = {
-        "saved_bytes": ("saved\nMB", 1e6),
-        "peak_bytes": ("peak\nMB", 1e6),
-        "page_faults": ("page\nfaults", 1),
-    }
-    columns = {key: column for key, column in columns.items() if any(key in row for row in rows)}
-    headers += [header for header, _ in columns.values()]
+    if any("peak_bytes" in row for row in rows):
+        headers += ["saved\nMB", "peak\nMB"]
     for header in headers:
         view.add_column(header, justify="right", overflow="fold")
     for row in rows:
@@ -58,7 +53,7 @@ def table(title: str, rows: list[Row]) -> Table:
             f"{row['ratio_to_plain']:.2f}x",
             f"{row['ratio_to_best_plain']:.2f}x",
             f"{row['outside_convolutions']:.0%}",
-            *(f"{row[key] / unit:,.0f}" if key in row else "" for key, (_, unit) in columns.items()),
+            *(f"{row[key] / 1e6:.0f}" for key in ("saved_bytes", "peak_bytes") if key in row),
             style="bold" if row["variant"].startswith("FastInception") else "",
         )
     return view

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import math
 import mmap
@@ -49,6 +50,7 @@ def fast_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "SCHEDULES", short)
     monkeypatch.setattr(harness, "MIN_SAMPLE", 0.0)
     monkeypatch.setattr(compare, "compile_failure", lambda device: "switched off by a test")
+    monkeypatch.setattr(comparison, "MANY_FAULTS", 2**31)  # how many there are is the heap's choice
 
 
 def _row(variant: str, speed: float, mode: str = "inference", dtype: str = "fp32") -> dict[str, Any]:
@@ -306,6 +308,19 @@ def test_the_floor_runs_in_the_dtype_and_layout_of_the_rows(least: int | None, m
         widened = least is not None and x.shape[0] * x.shape[2] * x.shape[3] >= least
         assert {t.dtype for t in (x, weight, bias, grad)} == {torch.float32 if widened else torch.bfloat16}
         assert all(t.stride(1) == 1 for t in (x, weight, grad))  # also where one channel leaves the layout open
+
+
+@pytest.mark.usefixtures("fast_schedule")
+def test_many_page_faults_are_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    faults = itertools.cycle([5, 1234, 7, 8])
+    monkeypatch.setattr(comparison, "MANY_FAULTS", 1000)
+    monkeypatch.setattr(comparison, "page_faults", lambda run: next(faults))
+    monkeypatch.setattr(comparison.engines, "available", lambda dtype: [])
+    result = tmp_path / "result.json"
+    assert compare.main([*TINY, "--mode", "inference", "--dtype", "fp32", "--json", str(result)]) == 0
+    kept = _strict(result)
+    assert [row["page_faults"] for row in kept["rows"]] == [5, 1234, 7, 8]
+    assert kept["conditions"]["notes"][-1].endswith("(the others had few): plain eager channels_last 1,234")
 
 
 def test_page_faults_are_those_of_one_call() -> None:
