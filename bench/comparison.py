@@ -64,7 +64,7 @@ class Schedule(NamedTuple):
 # Before each sample on a CPU, in seconds: PyTorch's threads spin for some milliseconds after a run, and an engine with
 # threads of its own would share the cores with them (OpenVINO lost 7 to 14%).
 PAUSE = 0.05
-MANY_FAULTS = 1000  # in a call; each takes about a microsecond
+MANY_FAULTS = 1000  # in a call, which take about a millisecond
 SCHEDULES = {
     ("inference", False): Schedule(warmup=1.0, rounds=7, seconds=12.0),
     ("training", False): Schedule(warmup=1.0, rounds=5, seconds=15.0),

@@ -218,7 +218,7 @@ def interleave(
 def page_faults(run: Callable[[], object]) -> int:
     """Return how many pages of memory one call had from the system.
 
-    Each takes about as long as to fill it. Whether malloc keeps a large piece for the next call depends on what else is
+    Each takes about a microsecond. Whether malloc keeps a large piece for the next call depends on what else is
     in the process's heap, so that the same call may have thousands in one process and none in another.
     """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -248,11 +248,9 @@ def _check_out(out: Tensor, shape: Sequence[int], like: Tensor, needs_grad: bool
         raise ValueError(f"out must be {list(shape)}, got {list(out.shape)}")
     if out.device != like.device:
         raise ValueError(f"out must be on {like.device}, got {out.device}")
-    if torch.compiler.is_compiling():
-        own = True
-    else:
-        own = not backends.only_dispatched(out) and (torch.is_inference_mode_enabled() or not out.is_inference())
-    if not own:
+    if not torch.compiler.is_compiling() and (
+        backends.only_dispatched(out) or (out.is_inference() and not torch.is_inference_mode_enabled())
+    ):
         raise ValueError("out must hold its numbers in memory, and be no tensor of inference mode outside of that")
     if not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)):
         raise ValueError(f"out must be contiguous or channels_last, got the strides {out.stride()}")

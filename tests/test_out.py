@@ -253,6 +253,15 @@ def test_a_write_is_seen_by_autograd(path, passing):
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_a_tensor_of_inference_mode_is_written_within_it(path):
+    block, x, expected = make(path)
+    with torch.inference_mode():
+        out = torch.full(SHAPE, float("nan"))
+        block(x, out=out)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", ["negated", "of inference mode"])
 def test_out_that_cannot_be_written_is_refused(path, kind):
     block, x, _ = make(path)
