@@ -237,23 +237,24 @@ def parts(kernel: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, A
         if given["LEVEL"] is None:  # one loop for all
             return [Part("products", tile, sum(p.steps for p in products), sum(p.asked for p in products))]
         return products
-    k, rows = given["K"], tile[0]
+    k, (rows, width, _), last = given["K"], tile, given["LAST_N"]
+
+    def gemm(reduced: int, columns: int) -> list[Part]:
+        """Return the product of a block of rows: of its whole tiles and, if it is narrower, of the last one."""
+        steps, before = configs.tiles(reduced, depth), (configs.tiles(columns, width) - 1) * width
+        if last == width:
+            return [Part("gemm", tile, steps * (before // width + 1), rows * reduced * columns)]
+        return [
+            Part("gemm", tile, steps * (before // width), rows * reduced * before),
+            Part(f"gemm from {before}", (rows, last, depth), steps, rows * reduced * (columns - before)),
+        ]
+
     if kernel == "entry_gradient":
-        columns = given["COLUMNS"]
-        return [Part("gemm", tile, configs.tiles(columns, depth) * configs.tiles(k, tile[1]), rows * columns * k)]
+        return gemm(given["COLUMNS"], k)
     pool = (given["POOL_M"], given["POOL_N"], given["POOL_K"])
     pool_tiles = rows // pool[0] * configs.tiles(given["pool_width"], pool[1])
     pooled = configs.tiles(k, pool[2]) * pool_tiles, rows * k * given["pool_width"]
-    columns, last, steps = sum(configs.from_list(given["widths"])), given["LAST_N"], configs.tiles(k, depth)
-    before = (configs.tiles(columns, tile[1]) - 1) * tile[1]  # columns in front of the last tile
-    if last == tile[1]:
-        gemm = [Part("gemm", tile, steps * (before // last + 1), rows * k * columns)]
-    else:
-        gemm = [
-            Part("gemm", tile, steps * (before // tile[1]), rows * k * before),
-            Part(f"gemm from {before}", (rows, last, depth), steps, rows * k * (columns - before)),
-        ]
-    return [*gemm, Part("pool", pool, *pooled, pipelined=False)]
+    return [*gemm(k, sum(configs.from_list(given["widths"]))), Part("pool", pool, *pooled, pipelined=False)]
 
 
 def measure(case: Case, kernels: Collection[str] = tuple(KERNELS)) -> list[dict[str, Any]]:

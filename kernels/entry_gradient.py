@@ -49,21 +49,15 @@ def _pool_gradient_kernel(
     store_out(out_ptr, acc, offs_m, M, first, K, H * W, stride_on, stride_op, stride_oc, 0, RUN)
 
 
-@triton.jit(do_not_specialize=["M", "COLUMNS", "pixels"])
-def _entry_gradient_kernel(
-    g_ptr, w_ptrs, out_ptr, widths, M, K, COLUMNS, pixels, stride_on, stride_op, stride_oc,
+@triton.jit
+def _entry_gradient_tile(
+    row_tile, first, g_ptr, w_ptrs, out_ptr, widths, M, K, COLUMNS, pixels, stride_on, stride_op, stride_oc,
     DIVISOR: tl.constexpr, EVEN_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr, AMD: tl.constexpr, RUN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Add ``g @ w`` for one tile to ``out``, with the convolutions' weights below one another.
-
-    DIVISOR divides the widths. ALIGNED says that the rows of the weights are aligned to 16 bytes.
-    """
-    follow_predecessor(PDL)
-    COLUMN_TILES = tl.cdiv(K, BLOCK_N)
-    offs_m = (tl.program_id(0) // COLUMN_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = (tl.program_id(0) % COLUMN_TILES) * BLOCK_N
+    """Add ``g @ w`` for one tile to ``out``, with the convolutions' weights below one another."""
+    offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = first + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     columns = divisible(COLUMNS, DIVISOR)
@@ -89,6 +83,35 @@ def _entry_gradient_kernel(
             w = tl.load(w_rows, mask=mask_k[:, None], other=0.0)
         acc = tl.dot(g, w, acc, input_precision=PRECISION, out_dtype=dtype)
     store_out(out_ptr, acc, offs_m, M, first, K, pixels, stride_on, stride_op, stride_oc, 0, RUN, ADD=True)
+
+
+@triton.jit(do_not_specialize=["M", "COLUMNS", "pixels"])
+def _entry_gradient_kernel(
+    g_ptr, w_ptrs, out_ptr, widths, M, K, COLUMNS, pixels, stride_on, stride_op, stride_oc,
+    DIVISOR: tl.constexpr, EVEN_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, AMD: tl.constexpr, RUN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LAST_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One tile; a block of rows has them side by side, and the last one is LAST_N wide.
+
+    DIVISOR divides the widths. ALIGNED says that the rows of the weights are aligned to 16 bytes.
+    """
+    follow_predecessor(PDL)
+    column_tiles = tl.cdiv(K, BLOCK_N)
+    row_tile = tl.program_id(0) // column_tiles
+    tile = tl.program_id(0) % column_tiles
+    if LAST_N == BLOCK_N or tile < column_tiles - 1:
+        _entry_gradient_tile(
+            row_tile, tile * BLOCK_N, g_ptr, w_ptrs, out_ptr, widths,
+            M, K, COLUMNS, pixels, stride_on, stride_op, stride_oc,
+            DIVISOR, EVEN_COLUMNS, ALIGNED, PRECISION, AMD, RUN, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        _entry_gradient_tile(
+            row_tile, tile * BLOCK_N, g_ptr, w_ptrs, out_ptr, widths,
+            M, K, COLUMNS, pixels, stride_on, stride_op, stride_oc,
+            DIVISOR, EVEN_COLUMNS, ALIGNED, PRECISION, AMD, RUN, BLOCK_M, LAST_N, BLOCK_K,
+        )  # fmt: skip
 
 
 def pool_gradient(grad: Tensor, codes: Tensor, out: Tensor) -> Launched:
@@ -152,12 +175,14 @@ def _entry_launch(
     n, channels, height, width = shape
     rows, columns = n * height * width, sum(widths)
     tiles = tiles or configs.choose("entry_gradient", rows, columns, channels, dtype, gpu)
-    programs = configs.tiles(rows, tiles.block_m) * configs.tiles(channels, tiles.block_n)
+    strips = configs.strips(tiles, channels, gpu)
+    programs = configs.tiles(rows, tiles.block_m) * sum(strip.tiles for strip in strips)
     sizes = (widths, rows, channels, columns, height * width, *out_strides(shape, channels_last))
     return configs.launch(
         programs, sizes,
         DIVISOR=math.gcd(8, *widths), EVEN_COLUMNS=columns % tiles.block_k == 0,
         ALIGNED=aligned and channels * dtype.itemsize % 16 == 0,
         PRECISION=precision, AMD=gpu.is_amd, RUN=out_run(shape, channels_last),
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, **tiles.options(gpu),
+        BLOCK_M=tiles.block_m, BLOCK_N=strips[0].block_n, LAST_N=strips[-1].block_n, BLOCK_K=tiles.block_k,
+        **tiles.options(gpu),
     )  # fmt: skip

@@ -63,11 +63,11 @@ DESIGN = {"entry gemm": 0.6, "spatial": 0.5}  # over the cycles of the tiles as 
 # Over those of what is computed, without the tiles' padding: what was reached.
 ASKED = {"entry gemm": 0.41, "spatial": 0.53, "data_gradient": 0.8, "entry_gradient": 0.59, "weight_gradient": 0.9}
 # Where a third of the tiles is padding: 208 channels of the 3x3 in 4a, which take two tiles of 128, the gradients of 96
-# and 192, and in 3a the products of 32 channels.
+# and 192, and in 3a the products of 32 channels; and where a third of the gradient is that of a narrow last tile.
 ASKED_EXCEPTIONS = {
     ("4a", "spatial"): 0.56,
     ("3a", "data_gradient"): 0.92, ("4a", "data_gradient"): 0.85, ("4d", "data_gradient"): 0.83,
-    ("3a", "entry_gradient"): 0.75, ("3a", "weight_gradient"): 1.01,
+    ("3a", "entry_gradient"): 0.68, ("3a", "weight_gradient"): 1.01,
 }  # fmt: skip
 
 # Two warpgroups. The loop from 0x10 to 0xb0 has 11 instructions, two products and two groups of copies, one each.
@@ -320,10 +320,10 @@ for batch, sides in ((128, (12, 6, 3)), (128, (28, 14, 7)), (256, (13, 7, 5))):
 def test_blocks_and_image_sizes_share_kernels():
     """Each differs from the others by its tiles, by whether steps end within the channels, or by what 8 divides."""
     first, second, third = map(json.loads, fresh.run(COUNT).splitlines())
-    few = {"split": 1, "pool_gradient": 1, "entry_gradient": 4, "weight_gradient": 1, "sum": 1}
-    assert first == few | {"entry": 6, "spatial": 5, "data_gradient": 5}
+    few = {"split": 1, "pool_gradient": 1, "weight_gradient": 1, "sum": 1}
+    assert first == few | {"entry": 6, "spatial": 5, "data_gradient": 5, "entry_gradient": 5}
     # 7x7 pixels fill larger tiles than 3x3.
-    assert second == third == few | {"entry": 8, "spatial": 6, "data_gradient": 6}
+    assert second == third == few | {"entry": 8, "spatial": 6, "data_gradient": 6, "entry_gradient": 6}
 
 
 # In a process without the interpreter: the operands of each rounding of a pair, by the kernel's PTX and by Triton's.
@@ -412,6 +412,26 @@ def test_products_run_on_tensor_cores_from_a_main_loop_each(compiled):
         for part, loop in row.get("loops", {}).items():
             rate = aot.CHIPS[row["chip"]].fma / (2 if row["dtype"] == "fp32" else 1)
             assert loop["tensor_cycles"] == math.prod(loop["tile"]) / rate, f"{name(row)}: {part}"
+
+
+def test_loops_are_asked_for_the_products_of_the_block(compiled):
+    for row in compiled:
+        if row["kernel"] in SWEEPS or row["chip"] == "gfx942":
+            continue
+        k, c1, (c21, c2), (c31, c3), c4 = aot.WIDTHS[row["block"]]
+        entry, pool, spatial = k * (c1 + c21 + c31), k * c4, 9 * c21 * c2 + 25 * c31 * c3
+        of_pixel = {
+            "entry": entry + pool,
+            "spatial": spatial,
+            "data_gradient": spatial + pool,
+            "entry_gradient": entry,
+            "weight_gradient": entry + spatial + pool,
+        }[row["kernel"]]
+        tiles = [loop["tile"] for loop in row["loops"].values()]
+        pixels = tiles[0][2] if row["kernel"] == "weight_gradient" else max(tile[0] for tile in tiles)
+        rate = aot.CHIPS[row["chip"]].fma / (2 if row["dtype"] == "fp32" else 1)
+        asked = sum(loop["asked_cycles"] for loop in row["loops"].values())
+        assert asked == pytest.approx(pixels * of_pixel / rate), name(row)
 
 
 def test_operands_are_loaded_16_bytes_at_a_time(compiled):

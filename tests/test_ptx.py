@@ -37,13 +37,13 @@ class Case(NamedTuple):
     misaligned: bool = False
 
 
-# Each with images that end within a tile of 64 pixels. 80 channels take two strips, of 64 and 32. What is promised of
-# an operand shows where nothing else keeps accesses from being that wide: runs, rows and channels by fours, not
-# eights, from aligned tensors, and misaligned weights of rows that 16 divides.
+# Each with images that end within a tile of 64 pixels. 80 channels take two strips, of 64 and 32, in both directions.
+# What is promised of an operand shows where nothing else keeps accesses from being that wide: runs, rows and channels
+# by fours, not eights, from aligned tensors, and misaligned weights of rows that 16 divides.
 CASES = {
-    "strips": Case((24, 16, (16, 80), (8, 16), 8), torch.bfloat16, "nhwc", (2, 5, 7), "one", 0),
+    "strips": Case((80, 16, (16, 80), (8, 16), 8), torch.bfloat16, "nhwc", (2, 5, 7), "overlapping", 0),
     "runs": Case((32, 16, (16, 24), (8, 16), 8), torch.bfloat16, "nchw", (4, 4, 5), "even", 4, misaligned=True),
-    "odd": Case((40, 12, (20, 12), (7, 9), 18), torch.float16, "nchw", (2, 5, 7), "overlapping", 1),
+    "odd": Case((24, 12, (20, 12), (7, 9), 18), torch.float16, "nchw", (2, 5, 7), "one", 1),
 }
 KERNELS = (
     "entry", "spatial", "split", "data_gradient", "pool_gradient", "entry_gradient", "weight_gradient", "sum",
@@ -218,8 +218,9 @@ def test_the_cases_are_what_they_are_for():
         assert _steps(case.widths[0], 32) == case.steps
         assert out_run((n, 1, height, width), case.layout == "nhwc") == case.run
         assert n * height * width % 64
-    tiles = configs.choose("spatial_train", 70, 9 * 16, 80, torch.bfloat16, gpu)
-    assert [strip.block_n for strip in configs.strips(tiles, 80, gpu)] == [64, 32]
+    for kernel, reduction in (("spatial_train", 9 * 16), ("entry_gradient", 40)):
+        tiles = configs.choose(kernel, 70, reduction, 80, torch.bfloat16, gpu)
+        assert [strip.block_n for strip in configs.strips(tiles, 80, gpu)] == [64, 32]
     assert {case.steps for case in CASES.values()} == {"one", "even", "overlapping"}
 
 
