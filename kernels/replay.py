@@ -141,9 +141,9 @@ class Replay(NamedTuple):
 
     def __call__(self, *operands: Tensor) -> tuple[Any, ...]:
         """Return what the recorded call made, made of ``operands``: as many, and the same by their :func:`facts`."""
-        tensors: list[Any] = [*operands, *[empty() for empty in self.allocate], None]
-        tensors += [pick(tensors) for pick in self.groups]
         with target.device_of(operands[0]):
+            tensors: list[Any] = [*operands, *[empty() for empty in self.allocate], None]
+            tensors += [pick(tensors) for pick in self.groups]
             for run, pick, others, constants in self.steps:
                 run(*pick(tensors), *others, **constants)
         return self.results(tensors)
@@ -199,9 +199,27 @@ def record(
     for step, indices in zip(made, arguments, strict=True):
         run, others, constants = _runner(step)
         steps.append((run, _pick(indices), others, constants))
-    empty, device = torch.empty_strided, operands[0].device
-    allocate = [functools.partial(empty, t.shape, t.stride(), dtype=t.dtype, device=device) for t in fresh]
-    return Replay(tuple(allocate), tuple(map(_pick, groups)), tuple(steps), _pick([index[id(t)] for t in results]))
+    allocate = tuple(map(_allocation, fresh))
+    return Replay(allocate, tuple(map(_pick, groups)), tuple(steps), _pick([index[id(t)] for t in results]))
+
+
+def _allocation(t: Tensor) -> Callable[[], Tensor]:
+    """Return what allocates a tensor like ``t``, whose device is the current one.
+
+    By what Inductor's programs call, in half of the time that ``torch.empty_strided`` takes the host. It is private:
+    where PyTorch has it no more, or it makes something else, by that.
+    """
+    empty = functools.partial(torch.empty_strided, t.shape, t.stride(), dtype=t.dtype, device=t.device)
+    try:
+        from torch._C._dynamo import guards
+
+        own = getattr(guards, f"_empty_strided_{t.device.type}")
+        fast = functools.partial(own, tuple(t.shape), t.stride(), t.dtype)
+        with target.device_of(t):
+            made, expected = [(a.shape, a.stride(), a.dtype, a.device) for a in (fast(), t)]
+    except (ImportError, TypeError, AttributeError, RuntimeError):
+        return empty
+    return fast if made == expected else empty
 
 
 def _runner(step: Launched) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

@@ -8,9 +8,9 @@ from bench import host_cost
 from fastinception.kernels import entry, spatial, target
 from tests import fresh
 
-# Of the plain block's inference, forward with grad, forward + backward. Measured: 0.21, 0.27 and 0.31, on the oldest
-# PyTorch 0.23, 0.36 and 0.37. With every call checked and planned: 0.37, 0.49 and 0.49, and 0.41, 0.63 and 0.60.
-LIMITS = (0.28, 0.43, 0.43)
+# Of the plain block's inference, forward with grad, forward + backward. Measured: 0.23, 0.27 and 0.30, on the oldest
+# PyTorch 0.25, 0.38 and 0.35. With every call checked and planned: 0.37, 0.49 and 0.49, and 0.41, 0.63 and 0.60.
+LIMITS = (0.28, 0.43, 0.41)
 
 
 @pytest.mark.skipif(not target.interpreted(), reason="stubs Triton's launches on CPU tensors: needs TRITON_INTERPRET=1")

@@ -544,6 +544,28 @@ def test_a_replay_launches_on_the_operands_and_on_memory_of_its_own():
     assert len({t.data_ptr() for t in (out, scratch, result, four)}) == 4
 
 
+@pytest.mark.parametrize("private", ["as it is", "absent", "other arguments", "another layout", "another dtype"])
+def test_what_a_replay_allocates_is_like_what_was_recorded(monkeypatch, private):
+    guards = pytest.importorskip("torch._C._dynamo.guards")
+    name, t = "_empty_strided_cpu", torch.empty(2, 3, 4, 5, dtype=torch.float16).to(memory_format=torch.channels_last)
+    if private == "as it is":
+        assert replay._allocation(t).func is getattr(guards, name)
+    elif private == "absent":
+        monkeypatch.delattr(guards, name)
+    else:
+        other = {
+            "other arguments": lambda size, stride: torch.empty_strided(size, stride),
+            "another layout": lambda size, stride, dtype: torch.empty(size, dtype=dtype),
+            "another dtype": lambda size, stride, dtype: torch.empty_strided(size, stride),
+        }
+        monkeypatch.setattr(guards, name, other[private])
+    allocate = replay._allocation(t)
+    first, second = allocate(), allocate()
+    assert first.data_ptr() != second.data_ptr()
+    for made in (first, second):
+        assert (made.shape, made.stride(), made.dtype, made.device) == (t.shape, t.stride(), t.dtype, t.device)
+
+
 @pytest.mark.parametrize("why", ["nothing launched", "other work", "unknown", "unknown among many", "one tensor twice"])
 def test_what_cannot_be_recorded(why):
     kernel, launch = Kernel(), configs.launch(3, (1, 2), BLOCK=4)
