@@ -23,7 +23,7 @@ class _Inception(torch.autograd.Function):
             out, *saved = ops.aten_forward(x, *params)
         else:
             out, *saved = cast(tuple[Tensor, ...], ops.launch_forward(known, x, params, True, True))
-        ctx.backend, ctx.known = backend, known
+        ctx.backend = backend
         ctx.save_for_backward(x, *params, *saved)
         ctx.set_materialize_grads(False)
         return out
@@ -39,7 +39,7 @@ class _Inception(torch.autograd.Function):
             with torch._C.DisableTorchFunctionSubclass():  # whatever comes upstream, the gradients are tensors
                 grads = ops.aten_gradients(grad_out, *saved, needs)
         else:
-            grads = ops.triton_gradients(ctx.known, grad_out, *saved, needs)
+            grads = ops.triton_gradients(grad_out, *saved, needs)
         return None, None, *grads
 
 
@@ -54,7 +54,7 @@ def watched() -> bool:
 
 
 def run_triton(known: replay.Known, x: Tensor, params: Sequence[Tensor], needs_grad: bool, relu: bool) -> Tensor:
-    """Return the block of ``x`` by Triton; what is ``known`` of such calls serves, and grows.
+    """Return the block of ``x`` by Triton; what is ``known`` of its operands serves, and grows.
 
     The caller has seen to it that nothing watches.
     """

@@ -73,7 +73,7 @@ class _Way(NamedTuple):
     path: str  # as in Path
     relu: bool
     needs_grad: bool
-    known: replay.Known | None  # of such calls by Triton, where nothing watches
+    known: replay.Known | None  # of launches for such operands, by Triton and where nothing watches
 
 
 @configs.cached
@@ -107,7 +107,7 @@ def _choose(x: Tensor, params: Sequence[Tensor], backend: str, relu: bool) -> _W
         path = "plain"
     known = None
     if path == "triton" and not eager.watched() and not any(map(backends.only_dispatched, (x, *params))):
-        known = replay.known("call", backend, needs_grad, relu, replay.facts((x, *params)))
+        known = replay.known((x, *params))
     return _Way(path, relu, needs_grad, known)
 
 

@@ -104,29 +104,29 @@ def _triton_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     params, save, relu = args[:12], args[12], args[13] if len(args) > 13 else True
     if save and not relu:
         raise ValueError("only the block with its ReLUs has a backward: save=False was expected with relu=False")
-    known = replay.known("operator", save, relu, replay.facts((x, *params)))
-    return custom_op.without_none(launch_forward(known, x, params, save, relu), like=x)
+    return custom_op.without_none(launch_forward(replay.known((x, *params)), x, params, save, relu), like=x)
 
 
 def launch_forward(
     known: replay.Known, x: Tensor, params: Sequence[Tensor], save: bool, relu: bool, out: Tensor | None = None
 ) -> Sequence[Tensor | None]:
-    """Return the output and what is saved by Triton; what is ``known`` of such calls serves, and grows.
+    """Return the output and what is saved by Triton; what is ``known`` of the operands serves, and grows.
 
-    The output is the caller's ``out``, if there is one.
+    The output is the caller's ``out``, if there is one, which is an operand then.
     """
     operands = (x, *params) if out is None else (x, *params, out)
-    if (call := known.get("forward")) is not None:
+    if (call := known.get((save, relu))) is not None:
         return cast(Sequence[Tensor | None], call(*operands))
     block, result = _launches(), empty_output(x, params) if out is None else out
     saved = block.empty_saved(x, params, save)
     run, results = functools.partial(block.forward, x, params, result, saved, relu=relu), (result, *saved)
-    if "forward" in known:
+    if (save, relu) in known:
         run()
     else:
         replay.compile(run, x)
         launched, copies = run()
-        known["forward"] = replay.record(launched, operands, [*(results if out is None else saved), *copies], results)
+        allocated = [*(results if out is None else saved), *copies]
+        known[save, relu] = replay.record(launched, operands, allocated, results)
     return results
 
 
@@ -157,7 +157,7 @@ def _inception_out(x: Tensor, *args: Any) -> None:
     if backend == "aten" and not relu:
         raise ValueError("only Triton's forward comes without ReLU")
     if backend == "triton":
-        launch_forward(replay.known("out", relu, replay.facts((x, *params, out))), x, params, False, relu, out)
+        launch_forward(replay.known((x, *params, out)), x, params, False, relu, out)
     elif not backends.widened(x.dtype, x):
         aten.forward(x, params, out)
     else:
@@ -210,25 +210,25 @@ def aten_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | Non
     return custom_op.finish(grads, (x, *params))
 
 
-def triton_gradients(known: replay.Known, grad_out: Tensor, x: Tensor, *args: Any) -> Sequence[Tensor | None]:
-    """Return the gradients by Triton, given what ``triton_backward`` is; what is ``known`` serves, and grows."""
-    params, saved, needs = args[:12], args[12:17], args[17]
+def triton_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> Sequence[Tensor | None]:
+    """Return the gradients by Triton, given what ``triton_backward`` is."""
+    params, saved, needs = args[:12], args[12:17], tuple(args[17])
     operands = (grad_out, x, *params, *saved)
-    key = *needs, replay.facts(operands)  # .data and hooks may have changed what a forward saw
-    if (call := known.get(key)) is not None:
+    known = replay.known(operands)  # .data and hooks may have changed what the forward saw
+    if (call := known.get(needs)) is not None:
         return cast(Sequence[Tensor | None], call(*operands))
     block, inputs = _launches(), (x, *params)
     grads = [_dense(x, x.shape, custom_op.memory_format(x)) if needs[0] else None]
     grads += [_empty_gradient(t) if need else None for t, need in zip(params, needs[1:], strict=True)]
     run = functools.partial(block.backward, grad_out, x, params, block.Saved(*saved), grads)
-    if key not in known:
+    if needs not in known:
         _check_operands(*operands)
         replay.compile(run, x)
     launched, allocated = run()
     fits = all(grad is None or grad.stride() == t.stride() for grad, t in zip(grads, inputs, strict=True))
-    if key not in known:
+    if needs not in known:
         call = replay.record(launched, operands, [*grads, *allocated], grads)
-        known[key] = call if fits or call is None else functools.partial(_replay_and_finish, call)
+        known[needs] = call if fits or call is None else functools.partial(_replay_and_finish, call)
     return grads if fits else custom_op.finish(grads, inputs)
 
 
@@ -265,9 +265,7 @@ torch.library.impl("fastinception::aten_backward", "default")(
     lambda *args: custom_op.without_none(aten_gradients(*args), like=args[0])
 )
 torch.library.impl("fastinception::triton_backward", "default")(
-    lambda *args: custom_op.without_none(
-        triton_gradients(replay.known("backward", args[1].shape, args[1].dtype), *args), like=args[0]
-    )
+    lambda *args: custom_op.without_none(triton_gradients(*args), like=args[0])
 )
 
 

@@ -1,7 +1,7 @@
 """Launch again: a call like an earlier one goes straight to its kernels, past all that decided about them.
 
-What a call decides takes the host several times as long as its launches. It depends on what :func:`facts` says of the
-operands, never on their numbers.
+What a call decides takes the host several times as long as its launches. It depends on what :func:`known` compares of
+the operands, never on their numbers.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Replay(NamedTuple):
     results: Pick
 
     def __call__(self, *operands: Tensor) -> tuple[Any, ...]:
-        """Return what the recorded call made, made of ``operands``: as many, and the same by their :func:`facts`."""
+        """Return what the recorded call made, made of ``operands``: as many, and alike to :func:`known`."""
         with target.device_of(operands[0]):
             tensors: list[Any] = [*operands, *[empty() for empty in self.allocate], None]
             tensors += [pick(tensors) for pick in self.groups]
@@ -226,8 +226,8 @@ def _runner(step: Launched) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Return what launches a step again, with what follows the tensors, by place and by name.
 
     That is the compiled kernel, if there is one: looking it up takes the host longer than all the rest of a launch.
-    What Triton looks it up by, :func:`facts` say, but for its switches for debugging, and on AMD for the size of the
-    storage around a tensor: the same shape and strides end in the same place.
+    What Triton looks it up by, :func:`known` compares, but for its switches for debugging, and on AMD for the size of
+    the storage around a tensor: the same shape and strides end in the same place.
     """
     kernel, how, tensors, compiled = step
     if how is None:
@@ -238,24 +238,18 @@ def _runner(step: Launched) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     return compiled[(*how.grid, 1, 1)], (*how.sizes, *[how.constants[name] for name in names]), {}
 
 
-# What makes a call's results of its operands, and what makes those of its backwards; None where nothing but planning it
-# again does.
+# By what was asked of the operands: what makes the results of others like them, None where only planning again does.
 Known = dict[Any, Any]
 
 
-@configs.cached
-def known(*key: Any) -> Known:
-    """Return what is known of calls with this key: always the same dict, empty at first."""
-    return {}
-
-
-def facts(tensors: Sequence[Tensor]) -> Any:
-    """Return what stands for all that launches for these operands depend on: one object for the same facts."""
+def known(tensors: Sequence[Tensor]) -> Known:
+    """Return what is known of launches for operands like these: for the same facts one dict, empty at first."""
     about = surroundings(tensors[0])
     compared = TensorGuards is not None and are_aligned(tensors)
     seen = _seen(*about, tensors[0].shape, len(tensors)) if compared else []
-    if (found := recall(seen, tensors)) is None:
-        found = _found(
+    found: Known | None = recall(seen, tensors)
+    if found is None:
+        found = _known(
             *about, *[t.shape for t in tensors], *[t.stride() for t in tensors], *[t.dtype for t in tensors],
             *[t.device for t in tensors], *[t.data_ptr() % 16 == 0 for t in tensors], *map(Tensor.is_neg, tensors),
         )  # fmt: skip
@@ -320,5 +314,5 @@ def _seen(*key: Any) -> Seen:
 
 
 @configs.cached
-def _found(*facts: Any) -> Any:
-    return object()
+def _known(*facts: Any) -> Known:
+    return {}

@@ -74,11 +74,16 @@ def checked() -> Iterator[list[Any]]:
 
 def is_known(net: Inception, x: Tensor, train: bool) -> bool:
     known = known_of(net, x, train)
-    return known is not None and known.get("forward") is not None
+    return known is not None and known.get((train, True)) is not None
 
 
-def backwards_of(known: replay.Known) -> list[replay.Replay | None]:
-    return [call for key, call in known.items() if key != "forward"]
+@contextmanager
+def planned_backwards() -> Iterator[list[Any]]:
+    """Return the backwards that are planned, and not known from an earlier one."""
+    own, plans = launches.backward, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launches, "backward", lambda *args: plans.append(args) or own(*args))
+        yield plans
 
 
 @pytest.fixture
@@ -299,14 +304,14 @@ def test_what_takes_more_than_launches_is_never_replayed(planned, special, train
     else:
         x = x[:0]
     configs.forget()
-    for _ in range(2):
-        close(call(net, x, train), truth(net, x, train))
-    known = known_of(net, x, train)
+    with planned_backwards() as plans:
+        for _ in range(2):
+            close(call(net, x, train), truth(net, x, train))
     if special == "library's gradients":
-        assert known["forward"] is not None
-        assert backwards_of(known) == [None] * train
+        assert is_known(net, x, train)
+        assert len(plans) == 2 * train
     else:
-        assert known is None or known.get("forward") is None
+        assert not is_known(net, x, train)
 
 
 @pytest.mark.parametrize("train", [False])
@@ -352,7 +357,7 @@ def test_known_calls_are_forgotten_with_their_tiles(planned, train):
 @pytest.mark.parametrize("forgotten", [False, True])
 def test_a_backward_behind_another_precision_or_none(planned, forgotten, monkeypatch):
     net, x = planned
-    known, expected = known_of(net, x, True), truth(net, x, True)
+    expected = truth(net, x, True)
     y = inception(x.requires_grad_(), params_of(net), backend="triton")
     if forgotten:
         configs.forget()
@@ -360,8 +365,9 @@ def test_a_backward_behind_another_precision_or_none(planned, forgotten, monkeyp
         monkeypatch.setattr(target, "input_precision", lambda dtype, gpu: "tf32")  # the interpreter rounds nothing
     torch.manual_seed(1)
     upstream = torch.randn(y.shape).contiguous(memory_format=torch.channels_last)
-    close([y.detach(), *torch.autograd.grad(y, [x, *params_of(net)], upstream)], expected)
-    assert len(backwards_of(known)) == 2
+    with planned_backwards() as plans:
+        close([y.detach(), *torch.autograd.grad(y, [x, *params_of(net)], upstream)], expected)
+    assert len(plans) == 1
 
 
 def test_a_backward_is_known_whatever_the_weights_layout(planned, monkeypatch):
@@ -408,12 +414,13 @@ def test_a_known_backward_is_not_taken_for_one_that_needs_others(planned, wanted
         t.requires_grad_(i in wanted)
     ours, theirs = inception(x, inputs[1:], backend="triton"), net(x)
     upstream = torch.randn_like(theirs)
-    for _ in range(2):
-        grads = [
-            torch.autograd.grad(y, [inputs[i] for i in wanted], upstream, retain_graph=True) for y in (ours, theirs)
-        ]
-        close(*map(list, grads))
-    assert len(backwards_of(functional._choose(x, inputs[1:], "triton", True).known)) == 2
+    with planned_backwards() as plans:
+        for _ in range(2):
+            grads = [
+                torch.autograd.grad(y, [inputs[i] for i in wanted], upstream, retain_graph=True) for y in (ours, theirs)
+            ]
+            close(*map(list, grads))
+    assert len(plans) == 1
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -449,11 +456,12 @@ def test_what_hooks_make_of_saved_tensors(planned, unpacked):
         return t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t
 
     expected = truth(net, x, True)
-    for _ in range(2):
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), unpack):
+    with planned_backwards() as plans:
+        for _ in range(2):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), unpack):
+                close(call(net, x, True), expected)
             close(call(net, x, True), expected)
-        close(call(net, x, True), expected)
-    assert len(backwards_of(known_of(net, x, True))) == (1 if unpacked == "copies" else 2)
+    assert len(plans) == (unpacked != "copies")
 
 
 def test_a_second_derivative_after_a_known_first(planned):
