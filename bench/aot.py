@@ -225,18 +225,33 @@ def parts(kernel: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, A
     tile = (given["BLOCK_M"], given["BLOCK_N"], depth)
     if kernel == "weight_gradient":
         names = "out_channels", "in_channels", "kernel_h", "kernel_w"
-        products = [
+        products = list(zip(*(configs.from_list(given[name]) for name in names), strict=True))
+        if given["LEVEL"] is not None:
+            return [
+                Part(
+                    f"{kernel_h}x{kernel_w} {o}",
+                    tile,
+                    configs.tiles(o, tile[0]) * configs.tiles(c * kernel_h * kernel_w, tile[1]),
+                    o * c * kernel_h * kernel_w * depth,
+                )
+                for o, c, kernel_h, kernel_w in products
+            ]
+        # One loop for all whole tiles, and one for all last rows that take a smaller one.
+        whole, last = tile[0], given["LAST_M"]
+        left = [o % whole if o % whole <= last < whole else 0 for o, *_ in products]
+        columns = [math.prod(rest) for _, *rest in products]
+        return [
             Part(
-                f"{kernel_h}x{kernel_w} {o}",
-                tile,
-                configs.tiles(o, tile[0]) * configs.tiles(c * kernel_h * kernel_w, tile[1]),
-                o * c * kernel_h * kernel_w * depth,
+                name,
+                (height, *tile[1:]),
+                sum(configs.tiles(o, height) * configs.tiles(j, tile[1]) for o, j in zip(rows, columns, strict=True)),
+                sum(o * j for o, j in zip(rows, columns, strict=True)) * depth,
             )
-            for o, c, kernel_h, kernel_w in zip(*(configs.from_list(given[name]) for name in names), strict=True)
+            for name, height, rows in (
+                ("products", whole, [o - less for (o, *_), less in zip(products, left, strict=True)]),
+                ("products from last rows", last, left),
+            )[: 1 + (last < whole)]
         ]
-        if given["LEVEL"] is None:  # one loop for all
-            return [Part("products", tile, sum(p.steps for p in products), sum(p.asked for p in products))]
-        return products
     k, (rows, width, _), last = given["K"], tile, given["LAST_N"]
 
     def gemm(reduced: int, columns: int) -> list[Part]:

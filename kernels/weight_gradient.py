@@ -45,20 +45,20 @@ class Sum(NamedTuple):
 
 @triton.jit
 def _product_tile(
-    tile, part, g_ptr, x_ptr, partials_ptr, N, H, W, steps, steps_of_part, O, C, KH, KW,
+    first_o, first_j, part, g_ptr, x_ptr, partials_ptr, N, H, W, steps, steps_of_part, O, C, KH, KW,
     IMAGES_FIRST: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sum ``g[m, o] * x[m shifted by tap, c]`` over one part of the pixels, for BLOCK_M o x BLOCK_N (tap, c).
 
-    Columns are packed as in the forward, j = tap * C + c; the reduction, BLOCK_K a step, runs over pixels.
+    The tile begins at ``first_o`` and ``first_j``. Columns are packed as in the forward, j = tap * C + c; the
+    reduction, BLOCK_K a step, runs over pixels.
     IMAGES_FIRST, a step takes one pixel of BLOCK_K images: whether a tap lies inside is then one answer for all.
     Else KH and KW have to be constants.
     """
     columns = KH * KW * C
-    column_tiles = tl.cdiv(columns, BLOCK_N)
-    offs_o = (tile // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = (tile % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_o = first_o + tl.arange(0, BLOCK_M)
+    j = first_j + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_o = offs_o < O
     mask_j = j < columns
@@ -118,34 +118,46 @@ def _weight_gradient_kernel(
     g_ptrs, x_ptrs, partials_ptr, firsts, sums, out_channels, in_channels, kernel_h, kernel_w,
     tiles, N, H, W, steps, steps_of_part,
     LEVEL: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, LAST_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of one product over one part of the pixels: the tiles of a part follow one another.
 
     ``firsts`` is where each product's begin. LEVEL has the kernels' sizes where a step takes pixels of one image after
-    another; else it is None. ALIGNED divides the channels and ``sums``, and more than 1 says that pointers are aligned
-    to 16 bytes.
+    another; else it is None, and a product's last rows take tiles of LAST_M rows, if these hold them. ALIGNED divides
+    the channels and ``sums``, and more than 1 says that pointers are aligned to 16 bytes.
     """
     follow_predecessor(PDL)
     part = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
-    if LEVEL is None:  # choices: one loop, compiled once for blocks of any widths
-        _product_tile(
-            tile - number_of(tile, firsts, firsts), part,
-            pointer_of(tile, firsts, g_ptrs, ALIGNED > 1), pointer_of(tile, firsts, x_ptrs, ALIGNED > 1),
-            partials_ptr + number_of(tile, firsts, sums, ALIGNED), N, H, W, steps, steps_of_part,
-            number_of(tile, firsts, out_channels, ALIGNED), number_of(tile, firsts, in_channels, ALIGNED),
-            number_of(tile, firsts, kernel_h), number_of(tile, firsts, kernel_w),
-            True, ALIGNED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+    if LEVEL is None:  # choices: compiled once for blocks of any widths
+        g_ptr, x_ptr = pointer_of(tile, firsts, g_ptrs, ALIGNED > 1), pointer_of(tile, firsts, x_ptrs, ALIGNED > 1)
+        partials_ptr += number_of(tile, firsts, sums, ALIGNED)
+        O = number_of(tile, firsts, out_channels, ALIGNED)
+        C = number_of(tile, firsts, in_channels, ALIGNED)
+        KH, KW = number_of(tile, firsts, kernel_h), number_of(tile, firsts, kernel_w)
+        tile -= number_of(tile, firsts, firsts)
+        column_tiles = tl.cdiv(KH * KW * C, BLOCK_N)
+        first_o, first_j = tile // column_tiles * BLOCK_M, tile % column_tiles * BLOCK_N
+        if LAST_M == BLOCK_M or first_o + LAST_M < O:
+            _product_tile(
+                first_o, first_j, part, g_ptr, x_ptr, partials_ptr, N, H, W, steps, steps_of_part, O, C, KH, KW,
+                True, ALIGNED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            _product_tile(
+                first_o, first_j, part, g_ptr, x_ptr, partials_ptr, N, H, W, steps, steps_of_part, O, C, KH, KW,
+                True, ALIGNED, PRECISION, LAST_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
     else:
         for i in tl.static_range(len(LEVEL)):
             first = number(firsts[i])
             if (tile >= first) & (tile < number(firsts[i + 1])):
+                C = number(in_channels[i], ALIGNED)
+                column_tiles = tl.cdiv(LEVEL[i][0] * LEVEL[i][1] * C, BLOCK_N)
                 _product_tile(
-                    tile - first, part, g_ptrs[i], x_ptrs[i], partials_ptr + number(sums[i], ALIGNED),
-                    N, H, W, steps, steps_of_part,
-                    number(out_channels[i], ALIGNED), number(in_channels[i], ALIGNED), LEVEL[i][0], LEVEL[i][1],
+                    (tile - first) // column_tiles * BLOCK_M, (tile - first) % column_tiles * BLOCK_N, part,
+                    g_ptrs[i], x_ptrs[i], partials_ptr + number(sums[i], ALIGNED), N, H, W, steps, steps_of_part,
+                    number(out_channels[i], ALIGNED), C, LEVEL[i][0], LEVEL[i][1],
                     False, ALIGNED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
 
@@ -285,7 +297,8 @@ def _launch(
         programs * parts, ((*firsts, programs), sums, *shapes, programs, *shape, steps, steps_of_part),
         LEVEL=None if images_first else tuple(zip(*shapes[2:], strict=True)),
         ALIGNED=math.gcd(8, *sums, *shapes[0], *shapes[1]) if aligned else 1, PRECISION=precision,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, **tiles.options(gpu),
+        BLOCK_M=tiles.block_m, LAST_M=tiles.block_m // 2 if tiles.block_m >= 128 else tiles.block_m,
+        BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, **tiles.options(gpu),
     )  # fmt: skip
 
 

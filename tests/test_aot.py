@@ -67,7 +67,7 @@ ASKED = {"entry gemm": 0.41, "spatial": 0.53, "data_gradient": 0.8, "entry_gradi
 ASKED_EXCEPTIONS = {
     ("4a", "spatial"): 0.56,
     ("3a", "data_gradient"): 0.92, ("4a", "data_gradient"): 0.85, ("4d", "data_gradient"): 0.83,
-    ("3a", "entry_gradient"): 0.68, ("3a", "weight_gradient"): 1.01,
+    ("3a", "entry_gradient"): 0.68, ("3a", "weight_gradient"): 1.0,
 }  # fmt: skip
 
 # Two warpgroups. The loop from 0x10 to 0xb0 has 11 instructions, two products and two groups of copies, one each.
@@ -443,17 +443,18 @@ def test_operands_are_loaded_16_bytes_at_a_time(compiled):
         if row["kernel"] in SWEEPS:
             continue
         # Narrow ones are the biases of the epilogue; on gfx942 also 8-byte ones of the weights.
-        one_loop = row["kernel"] == "weight_gradient" and set(row.get("loops", {"products"})) == {"products"}
-        assert row["loads"]["16"] >= (12 if one_loop else 16), name(row)
+        assert row["loads"]["16"] >= 16, name(row)
         assert row["loads"]["16"] > sum(n for width, n in row["loads"].items() if width != "16"), name(row)
         wide = row["stores"].get("16", 0) + (row["stores"].get("8", 0) if row["chip"] == "gfx942" else 0)
         assert wide >= (4 if row["images"] == FEW else 8), name(row)
 
 
 def cycles_of_whole_tile(loops: dict[str, dict[str, Any]], part: str) -> float:
-    """Return the tensor cycles of a loop's step, of a narrower last tile's those of a tile as wide as the others."""
+    """Return the tensor cycles of a loop's step, of a smaller last tile's those of a tile as large as the others."""
     whole = loops[part.partition(" from ")[0]]
-    return whole["tensor_cycles"] * loops[part]["tile"][0] / whole["tile"][0]
+    if part.startswith("products"):
+        return whole["tensor_cycles"]
+    return whole["tensor_cycles"] * loops[part]["tile"][0] / whole["tile"][0]  # of few channels for more pixels
 
 
 def test_issue_pressure_of_the_default_tiles(compiled):

@@ -817,6 +817,38 @@ def test_the_last_tile_of_data_gradients_reads_nothing_behind_its_pixels(monkeyp
     notes.assert_inside(rows, weight, active, out, partials)
 
 
+@needs_interpreter
+@pytest.mark.parametrize("kernel", ["entry", "entry_gradient", "weight_gradient"])
+def test_what_is_left_behind_whole_tiles_takes_smaller_ones(monkeypatch, kernel):
+    """Of 192 channels or rows the last 64: half of a tile's products."""
+    shapes: collections.Counter[tuple[int, ...]] = collections.Counter()
+    own = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        shapes[(*a.data.shape, b.data.shape[1])] += 1
+        return own(self, a, b, *args)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    n, gpu, format = 128, target.gpu(torch.device("cpu")), torch.channels_last
+    images, wide = (torch.zeros(n, c, 1, 2, dtype=torch.float16).to(memory_format=format) for c in (8, 192))
+    rows = torch.zeros(2 * n, 8, dtype=torch.float16)
+    if kernel == "entry":
+        weight, bias = torch.zeros(192, 8, 1, 1, dtype=torch.float16), torch.zeros(192, dtype=torch.float16)
+        entry(images, (weight,), (bias,), weight, bias, wide, 0, (), None, 0, part="gemm")
+    elif kernel == "entry_gradient":
+        entry_gradient_module.entry_gradient(rows, (torch.zeros(8, 192, 1, 1, dtype=torch.float16),), wide)
+    else:
+        product = weight_gradient_module.Product(192, 8, 1, 1)
+        division = weight_gradient_module.divide((n, 1, 2), [product], torch.float16, gpu)
+        assert division.images_first
+        partials = torch.zeros(division.parts * 192 * 8)
+        grads = torch.zeros(2 * n, 192, dtype=torch.float16)
+        weight_gradient_module.weight_gradient((product,), [grads], [images], (n, 1, 2), division, partials)
+    narrow = {"weight_gradient": (64, 128, 16)}.get(kernel, (128, 128, 64))
+    whole = {"weight_gradient": (128, 128, 16)}.get(kernel, (128, 128, 128))
+    assert shapes == {whole: 2, narrow: 2}
+
+
 class Operators(TorchDispatchMode):
     """List the operators that run, those inside the block's own operator too, but not the interpreter's."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton, which compiles what is run here, is not installed")
 
 from fastinception import Inception, ops
-from fastinception.kernels import block, configs, pool, target
+from fastinception.kernels import block, configs, pool, target, weight_gradient
 from fastinception.kernels.entry import _steps, entry
 from fastinception.kernels.epilogue import out_run
 from tests import fresh, ptx
@@ -39,10 +39,12 @@ class Case(NamedTuple):
 
 # Each with images that end within a tile of 64 pixels. 80 channels take two strips, of 64 and 32, in both directions.
 # What is promised of an operand shows where nothing else keeps accesses from being that wide: runs, rows and channels
-# by fours, not eights, from aligned tensors, and misaligned weights of rows that 16 divides.
+# by fours, not eights, from aligned tensors, and misaligned weights of rows that 16 divides. Of a batch of 120 the
+# weights' gradients take one pixel of 64 images a step: of 136 channels a tile of 128, and one of 64 for the others.
 CASES = {
     "strips": Case((80, 16, (16, 80), (8, 16), 8), torch.bfloat16, "nhwc", (2, 5, 7), "overlapping", 0),
     "runs": Case((32, 16, (16, 24), (8, 16), 8), torch.bfloat16, "nchw", (4, 4, 5), "even", 4, misaligned=True),
+    "batch": Case((16, 80, (8, 136), (8, 8), 8), torch.bfloat16, "nhwc", (120, 1, 2), "one", 0),
     "odd": Case((24, 12, (20, 12), (7, 9), 18), torch.float16, "nchw", (2, 5, 7), "one", 1),
 }
 KERNELS = (
@@ -221,6 +223,12 @@ def test_the_cases_are_what_they_are_for():
     for kernel, reduction in (("spatial_train", 9 * 16), ("entry_gradient", 40)):
         tiles = configs.choose(kernel, 70, reduction, 80, torch.bfloat16, gpu)
         assert [strip.block_n for strip in configs.strips(tiles, 80, gpu)] == [64, 32]
+    divisions = {
+        name: weight_gradient.divide(case.images, [weight_gradient.Product(136, 8, 3, 3)], case.dtype, gpu)
+        for name, case in CASES.items()
+    }
+    assert {name for name, division in divisions.items() if division.images_first} == {"batch"}
+    assert divisions["batch"].tiles.block_m == 128
     assert {case.steps for case in CASES.values()} == {"one", "even", "overlapping"}
 
 
