@@ -283,9 +283,6 @@ def _train(args: argparse.Namespace, world: World) -> int:
 def _train_in(
     folder: Path, state: dict[str, Any] | None, config: dict[str, Any], data_root: Path | None, world: World
 ) -> int:
-    if world.device.type == "cpu":
-        _keep_memory()
-    train, test = _load_data(config, data_root)
     compiled = config["compile"]
     if compiled is None:
         compiled = world.device.type == "cuda" and importlib.util.find_spec("triton") is not None
@@ -297,6 +294,9 @@ def _train_in(
             f"{world.size} x {world.device.type}, amp {config['amp']}: give --no-cuda-graph"
         )
     graphed = able if graphed is None else graphed
+    if world.device.type == "cpu":
+        _keep_memory()
+    train, test = _load_data(config, data_root)
     run = Trainer(config, world, train, test, compiled=compiled, graphed=graphed, folder=folder)
     display = Display(world.rank)
     if state is not None:

@@ -144,7 +144,7 @@ def test_a_replayed_loss_that_is_not_finite_is_found_in_its_step(make, monkeypat
 
 @pytest.mark.parametrize("options", [["--device", "cpu"], ["--device", "cpu", "--amp", "fp16"]])
 def test_a_graph_that_cannot_be_is_refused(tmp_path, monkeypatch, capsys, options):
-    monkeypatch.setattr(train, "_load_data", lambda config, root: (split(9, 0), split(9, 1)))
+    monkeypatch.setattr(train, "_load_data", lambda config, root: pytest.fail("read the data first"))
     assert train.main([*options, "--output", str(tmp_path), "--cuda-graph"]) == 1
     assert "--cuda-graph needs one process on a GPU, and not --amp fp16; this is 1 x cpu" in capsys.readouterr().err
 
