@@ -5,13 +5,13 @@ Not under ``TRITON_INTERPRET=1``: the interpreter replaces the compiler.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -31,6 +31,7 @@ from fastinception.kernels import (
     data_gradient,
     entry,
     entry_gradient,
+    replay,
     spatial,
     split,
     target,
@@ -70,6 +71,9 @@ KERNELS = {
 }
 
 
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a JIT function, what it is called with by place, and by name
+
+
 class Case(NamedTuple):
     """What is compiled: a chip, a block of GoogLeNet, a dtype, ``"train"`` or ``"infer"``, batch x side, a layout."""
 
@@ -89,20 +93,6 @@ class Part(NamedTuple):
     steps: int  # for one block of pixel rows, as many as the tallest tile has: K steps x tiles
     asked: int  # multiply-adds of these steps that are no padding of the tiles
     pipelined: bool = True  # loads by asynchronous copies
-
-
-class _Recorder:
-    """Stand in for a JIT function and keep the arguments of its one launch."""
-
-    def __init__(self) -> None:
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
-
-    def __getitem__(self, grid: tuple[int, ...]) -> _Recorder:
-        return self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self.args, self.kwargs = args, kwargs
 
 
 def block_operands(
@@ -138,16 +128,19 @@ def launches(
     batch: int = 128,
     size: int = 14,
     layout: str = "channels_last",
-) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """Return for each kernel its JIT function and the arguments with which one block launches it, on meta tensors."""
-    names = list(KERNELS) if save else ["entry", "spatial"]
-    functions = {name: getattr(KERNELS[name], f"_{name}_kernel") for name in names}
-    recorders = {name: _Recorder() for name in names}
-    with contextlib.ExitStack() as patched:
-        for name in names:
-            patched.enter_context(mock.patch.object(KERNELS[name], f"_{name}_kernel", recorders[name]))
-        launch_block(*block_operands(widths, dtype, batch, size, "meta", layout), save, chip)
-    return {name: (functions[name], recorders[name].args, recorders[name].kwargs) for name in names}
+) -> dict[str, Launch]:
+    """Return for each kernel how one block launches it, on meta tensors."""
+    return collected(partial(launch_block, *block_operands(widths, dtype, batch, size, "meta", layout), save, chip))
+
+
+def collected(run: Callable[[], Any]) -> dict[str, Launch]:
+    """Return for each kernel that ``run`` launches its JIT function and the arguments; nothing is launched."""
+    return {
+        step.kernel.__name__.removeprefix("_").removesuffix("_kernel"): (
+            step.kernel, (*step.tensors, *step.how.sizes), step.how.constants
+        )
+        for step in replay.collect(run)
+    }  # fmt: skip
 
 
 def gpu_target(chip: str) -> GPUTarget:

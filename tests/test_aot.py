@@ -534,17 +534,16 @@ from unittest import mock
 from bench import aot
 from fastinception.kernels import pool, target
 
-kernel = pool._max_pool_kernel
 for chip in aot.CHIPS:
     for dtype in (torch.bfloat16, torch.float32):
         x, out = (
             torch.empty(128, 64, side, side, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
             for side in (48, 24)
         )
-        pool._max_pool_kernel = launched = aot._Recorder()
+        bias = torch.empty(64, dtype=dtype, device="meta")
         with mock.patch.object(target, "gpu", return_value=target.Gpu(chip, chip, 132)):
-            pool.max_pool(x, torch.empty(64, dtype=dtype, device="meta"), out)
-        made = aot.compile_launch(kernel, launched.args, launched.kwargs, chip)
+            (launch,) = aot.collected(lambda: pool.max_pool(x, bias, out)).values()
+        made = aot.compile_launch(*launch, chip)
         if chip == "gfx942":
             row = aot._read_amd(made.asm["amdgcn"])
         else:
