@@ -11,22 +11,18 @@ from torch import Tensor
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
-def memory_format(*tensors: Tensor) -> torch.memory_format:
-    """Return channels_last if PyTorch's convolutions take all ``tensors`` for that, else contiguous."""
-    return torch.channels_last if all(map(_is_read_as_channels_last, tensors)) else torch.contiguous_format
+def memory_format(t: Tensor) -> torch.memory_format:
+    """Return the format as which PyTorch's convolutions read ``t``: the strides decide, whether it is dense or not.
 
-
-def _is_read_as_channels_last(t: Tensor) -> bool:
-    """Tell what C++'s ``Tensor.suggest_memory_format`` says: the strides decide, whether ``t`` is dense or not.
-
-    Its copy in ``torch._prims_common`` imports SymPy at the first call, which takes most of a second.
+    C++'s ``Tensor.suggest_memory_format``, whose copy in ``torch._prims_common`` imports SymPy at the first call, which
+    takes most of a second.
     """
     sizes, strides, least = t.shape, t.stride(), 1
     for dim in (1, 3, 2, 0):
         if sizes[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
-            return False  # the last: one pixel, with the strides of contiguous
+            return torch.contiguous_format  # the last: one pixel, with the strides of contiguous
         least = strides[dim] * sizes[dim]
-    return True
+    return torch.channels_last
 
 
 def _nothing(like: Tensor) -> Tensor:
