@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from fastinception import backends, custom_op
 
-_SETTINGS = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
+_SETTINGS = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
 
 
 class MaxPool2d(nn.MaxPool2d):
@@ -49,8 +48,8 @@ class MaxPool2d(nn.MaxPool2d):
             and input.dim() == 4
             and not self.return_indices
         ):
-            settings = map(_pair, (self.kernel_size, self.stride, self.padding, self.dilation))
-            pooled, _ = torch.ops.fastinception.max_pool2d(input, *settings, self.ceil_mode)
+            settings = self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
+            pooled, _ = torch.ops.fastinception.max_pool2d(input, *settings)
             return cast(Tensor, pooled)
         if (
             isinstance(input, Tensor)
@@ -92,10 +91,6 @@ def launch(x: Tensor, bias: Tensor | None = None) -> Tensor:
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     max_pool(x, bias, out)
     return out
-
-
-def _pair(size: int | Sequence[int]) -> list[int]:
-    return [size, size] if isinstance(size, int) else list(size)
 
 
 torch.library.define(
