@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from bench import sass
-from bench.harness import LAYOUTS
+from bench.harness import DTYPES, LAYOUTS
 from fastinception import ops
 from fastinception.googlenet import WIDTHS, Widths
 from fastinception.kernels import (
@@ -56,7 +56,6 @@ CHIPS = {
     "sm_100": Chip(227 * 1024, 148, 4096),
     "gfx942": Chip(64 * 1024, 304),
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "u8"}
 # In the order of their launches.
 KERNELS = {

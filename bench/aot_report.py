@@ -37,13 +37,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from bench.harness import LAYOUTS
+from bench.harness import DTYPES, LAYOUTS
 from bench.record import commit, write_json
 from fastinception.googlenet import WIDTHS
 from fastinception.kernels import target
 
 CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
-DTYPES = ("fp32", "bf16", "fp16")
 KERNELS = (
     "entry", "spatial",
     "split", "data_gradient", "pool_gradient", "entry_gradient", "weight_gradient", "sum",

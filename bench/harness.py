@@ -1,4 +1,4 @@
-"""Run, time and describe one workload: what compare.py and the throughput suite share."""
+"""Run and time one workload: what the benchmarks share."""
 
 from __future__ import annotations
 
