@@ -99,23 +99,16 @@ def cross_precision(mode: str, rows: list[Row]) -> str | None:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Draw one panel for each mode and dtype: a bar for each variant, with its quartiles."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = result["rows"]
     groups = list(dict.fromkeys((row["mode"], row["dtype"]) for row in rows))
     modes = list(dict.fromkeys(mode for mode, _ in groups))
     dtypes = list(dict.fromkeys(dtype for _, dtype in groups))
     most = max(sum((row["mode"], row["dtype"]) == group for row in rows) for group in groups)
-    figure, axes = plt.subplots(
-        len(modes),
-        len(dtypes),
-        squeeze=False,
-        figsize=(max(7, 6.2 * len(dtypes)), (1.1 + 0.36 * most) * len(modes) + 0.6),
-        layout="constrained",
-    )
+    size = max(7, 6.2 * len(dtypes)), (1.1 + 0.36 * most) * len(modes) + 0.6
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(modes), len(dtypes), squeeze=False)
     for axis, (mode, dtype) in zip(axes.flat, groups, strict=True):
         shown = [row for row in rows if (row["mode"], row["dtype"]) == (mode, dtype)]
         speeds = [row["examples_per_second"] for row in shown]
@@ -141,4 +134,3 @@ def plot(result: dict[str, Any], path: Path) -> None:
         fontsize=10,
     )
     figure.savefig(path, dpi=140)
-    plt.close(figure)
