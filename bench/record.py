@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastinception import record
+from fastinception import checkpoint, record
 
 
 def commit() -> str:
@@ -39,10 +39,4 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 def write_json(result: dict[str, Any], path: Path) -> None:
     """Write strict JSON under ``path`` in one step: readers see the old file or the whole new one."""
-    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    checkpoint.write(path, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())

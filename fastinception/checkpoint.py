@@ -79,9 +79,10 @@ def write(path: Path, content: bytes | memoryview, keep: Path | None = None) -> 
             os.replace(path, keep)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         error.filename = str(path)  # a full disk's error names no file
         raise
+    finally:
+        partial.unlink(missing_ok=True)
     if os.name == "posix":  # elsewhere a folder cannot be opened
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -334,9 +334,10 @@ def test_kill_9_in_mid_epoch_then_resume(images, command, finished, tmp_path):
 def test_crash_while_a_checkpoint_is_written(command, finished, tmp_path, monkeypatch, moment):
     folder = tmp_path / "run"
     replace, fsync, renames = os.replace, os.fsync, []
+    partial = folder / ".checkpoint.pt.partial"
 
-    def crash_on_fsync(number):
-        if len(renames) >= 3 and moment == "partial written":
+    def crash_on_fsync(number):  # of the checkpoint, not of its folder or of the record
+        if len(renames) >= 3 and moment == "partial written" and partial.exists():
             raise Killed
         fsync(number)
 
@@ -352,8 +353,10 @@ def test_crash_while_a_checkpoint_is_written(command, finished, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", crash_on_fsync)
         patch.setattr(os, "replace", crash_on_replace)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # a kill leaves behind what it finds
         with pytest.raises(Killed):
             command(folder)
+    assert partial.exists() is (moment != "renamed")
     assert command(folder, "--resume") == 0
     assert_same_run(folder, finished)
     assert {path.name for path in folder.iterdir()} == FILES
