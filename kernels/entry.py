@@ -103,6 +103,13 @@ def _maximum_at(a, code_a, b, code_b, ASM: tl.constexpr):
         )
 
 
+@triton.constexpr_function
+def tap_code(tap):
+    """Return what names a tap of a 3x3 window: 4 * row + column, with 0, 1 and 3 for the first, middle and last."""
+    row, column = tap // 3, tap % 3
+    return 4 * (row + row // 2) + column + column // 2
+
+
 @triton.jit
 def _pool_step(
     acc, k, x_ptr, w_rows, pixel, up, down, left, right, pooled_ptr, codes_ptr, middle, inner, mask_saved,
@@ -119,7 +126,7 @@ def _pool_step(
         dw = left if tap % 3 == 0 else (right if tap % 3 == 2 else 0)
         x_tap = x_ptr + (pixel + dh + dw).to(tl.int64)[:, None] * K + columns[None, :]
         value = tl.load(x_tap, mask=mask_k[None, :], other=0.0) if MASKED else tl.load(x_tap)
-        code = tl.full(value.shape, tap // 3 * 4 + tap // 6 * 4 + tap % 3 + tap % 3 // 2, CODE)
+        code = tl.full(value.shape, tap_code(tap), CODE)
         if tap == 0:
             pooled = value
             codes = code
@@ -158,8 +165,8 @@ def _pool_tile(
     """``relu(max_pool2d(x, 3, 1, 1) @ w.T + b)`` for one tile; the first column tile keeps what the pool found.
 
     A tap outside the image is replaced by the border pixel, which its window holds already: the maximum is the
-    same, and no -inf and no mask is needed. The code of the maximum's tap is 4 * row + column with 0, 1 and 3 for the
-    first, middle and last: where taps stand for the border pixel, one OR and one AND make every code the pixel's own.
+    same, and no -inf and no mask is needed. Its tap's code is kept: where taps stand for the border pixel, one OR and
+    one AND make every code the pixel's own.
     """
     offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -278,7 +285,7 @@ def entry(
         denses: one ``[N, O_i, H, W]`` in channels_last for every convolution after the first.
         saved: what the backward needs, to be written; None skips it. The packed ReLU mask of ``out``, ``[M, bytes]``
             uint8 (one bit an element, each branch starts a byte); the pooled x, ``[M, K]``; and uint8 ``[M, K]``, which
-            pixel of its window each maximum is, as :func:`_pool_tile` numbers them.
+            pixel of its window each maximum is, as :func:`tap_code` numbers them.
         pool_mask_column: the byte at which the pooled branch starts in the mask.
         relu: False leaves every result as it is.
         tiles: in place of those that ``configs`` chooses.

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
+from fastinception.kernels.entry import tap_code
 from fastinception.kernels.epilogue import follow_predecessor, is_channels_last, out_run, out_strides, store_out
 from fastinception.kernels.operands import before, divisible, matrix_of
 from fastinception.kernels.replay import Launched
@@ -25,9 +26,9 @@ def _pool_gradient_kernel(
 
     Nine windows hold a pixel, and each has the code of its maximum: no atomic addition, one order.
     """
-    COLUMN_TILES = tl.cdiv(K, BLOCK_N)
-    offs_m = (tl.program_id(0) // COLUMN_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = (tl.program_id(0) % COLUMN_TILES) * BLOCK_N
+    column_tiles = tl.cdiv(K, BLOCK_N)
+    offs_m = (tl.program_id(0) // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = (tl.program_id(0) % column_tiles) * BLOCK_N
     offs_n = first + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
     mask_n = offs_n < K
@@ -45,7 +46,7 @@ def _pool_gradient_kernel(
         # 16 bytes of codes a thread, in the layout of both, would take every second 16 bytes of the gradient at a time.
         codes = tl.load(codes_ptr + tl.max_contiguous(offsets, (1, CHUNK)), mask=mask, other=255)
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
-        acc += tl.where(codes == tap // 3 * 4 + tap // 6 * 4 + tap % 3 + tap % 3 // 2, grad.to(dtype), 0.0)
+        acc += tl.where(codes == tap_code(tap), grad.to(dtype), 0.0)
     store_out(out_ptr, acc, offs_m, M, first, K, H * W, stride_on, stride_op, stride_oc, 0, RUN)
 
 
