@@ -297,7 +297,7 @@ def entry(
         ValueError: ``part`` is no part.
     """
     mask, pooled, codes = saved or (None, None, None)
-    aligned = not any(w.data_ptr() % 16 for w in weights)
+    aligned = replay.are_aligned(weights)
     gpu = target.gpu(x.device)
     launch = _launch(
         x.shape, tuple([w.shape[0] for w in weights]), pool_weight.shape[0], (pool_column, pool_mask_column),

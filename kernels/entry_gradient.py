@@ -152,7 +152,7 @@ def entry_gradient(
 
     All of one dtype. Checked by the caller.
     """
-    aligned = not any(w.data_ptr() % 16 for w in weights)
+    aligned = replay.are_aligned(weights)
     gpu = target.gpu(out.device)
     launch = _entry_launch(
         out.shape, tuple([w.shape[0] for w in weights]), is_channels_last(out), aligned, out.dtype,

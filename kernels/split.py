@@ -100,7 +100,7 @@ def split(
 
     All but mask and partials have one dtype. Checked by the caller.
     """
-    aligned = not any(out.data_ptr() % 16 for out in outs)
+    aligned = replay.are_aligned(outs)
     launch = _launch(branches, grad.shape, grad.stride(), mask.shape[1], aligned, target.gpu(grad.device))
     with target.device_of(grad):
         return replay.launch(_split_kernel, launch, grad, mask, tuple(outs), partials)

@@ -275,7 +275,7 @@ def weight_gradient(
     All but partials have one dtype. Checked by the caller.
     """
     gpu = target.gpu(partials.device)
-    aligned = all(t.data_ptr() % 16 == 0 for t in (*grads, *xs))
+    aligned = replay.are_aligned((*grads, *xs))
     launch = _launch(products, shape, division, aligned, gpu, target.input_precision(xs[0].dtype, gpu))
     with target.device_of(partials):
         return replay.launch(_weight_gradient_kernel, launch, tuple(grads), tuple(xs), partials)
