@@ -224,9 +224,9 @@ def _entry_kernel(
     columns = number(widths[0])
     for i in tl.static_range(1, len(w_ptrs)):
         columns += number(widths[i])
-    pool_columns = tl.cdiv(pool_width, POOL_N)
+    pool_column_tiles = tl.cdiv(pool_width, POOL_N)
     gemm_tiles = 0 if PART == "pool" else tl.cdiv(columns, BLOCK_N)
-    pool_tiles = 0 if PART == "gemm" else (BLOCK_M // POOL_M) * pool_columns
+    pool_tiles = 0 if PART == "gemm" else (BLOCK_M // POOL_M) * pool_column_tiles
     program = tl.program_id(0)
     row_tile = program // (gemm_tiles + pool_tiles)
     tile = program % (gemm_tiles + pool_tiles)
@@ -250,7 +250,7 @@ def _entry_kernel(
     else:
         pool_tile = tile - gemm_tiles
         _pool_tile(
-            row_tile * (BLOCK_M // POOL_M) + pool_tile // pool_columns, pool_tile % pool_columns,
+            row_tile * (BLOCK_M // POOL_M) + pool_tile // pool_column_tiles, pool_tile % pool_column_tiles,
             x_ptr, pool_w_ptr, pool_b_ptr, out_ptr, mask_ptr, pooled_ptr, codes_ptr,
             divisible(pool_width, DIVISOR), divisible(pool_column, DIVISOR), pool_mask_column,
             M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
@@ -300,7 +300,7 @@ def entry(
     aligned = replay.are_aligned(weights)
     gpu = target.gpu(x.device)
     launch = _launch(
-        x.shape, tuple([w.shape[0] for w in weights]), pool_weight.shape[0], (pool_column, pool_mask_column),
+        x.shape, tuple([w.shape[0] for w in weights]), pool_weight.shape[0], pool_column, pool_mask_column,
         out.shape[1], is_channels_last(out), 0 if mask is None else mask.shape[1], aligned, x.dtype,
         gpu, target.input_precision(x.dtype, gpu), relu, tiles, part,
     )  # fmt: skip
@@ -326,7 +326,8 @@ def _launch(
     shape: torch.Size,
     widths: tuple[int, ...],
     pool_width: int,
-    pool_columns: tuple[int, int],
+    pool_column: int,
+    pool_mask_column: int,
     out_channels: int,
     channels_last: bool,
     mask_bytes: int,
@@ -360,8 +361,8 @@ def _launch(
     strides = out_strides(out_shape, channels_last)
     return configs.launch(
         configs.tiles(rows, tiles.block_m) * (gemm_tiles + pool_tiles),
-        (widths, pool_width, *pool_columns, rows, channels, height, width, *strides, mask_bytes),
-        PART=part, DIVISOR=math.gcd(8, *widths, pool_width, pool_columns[0]),
+        (widths, pool_width, pool_column, pool_mask_column, rows, channels, height, width, *strides, mask_bytes),
+        PART=part, DIVISOR=math.gcd(8, *widths, pool_width, pool_column),
         EVEN_K=channels % tiles.block_k == 0, POOL_STEPS=_steps(channels, pool_k),
         ALIGNED=aligned and channels * dtype.itemsize % 16 == 0,
         AMD=gpu.is_amd, PTX=gpu.runs_ptx, MAX_ASM=target.max_asm(gpu, dtype, with_codes=save), PRECISION=precision,
