@@ -70,7 +70,7 @@ def _library_kernel(
         tile -= tiles
 
 
-def library(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, relu: bool, tiles: configs.Tiles) -> None:
+def convolve(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, relu: bool, tiles: configs.Tiles) -> None:
     """Compute what ``spatial`` computes; its arguments. ``tiles`` are those of the launch that finishes.
 
     Each sum of products is rounded to the dtype before its bias is added, as the library does without fusion.

@@ -23,7 +23,7 @@ from fastinception.kernels.epilogue import (
     out_strides,
     store_result,
 )
-from fastinception.kernels.library import library
+from fastinception.kernels.library import convolve
 from fastinception.kernels.operands import before, number
 from fastinception.kernels.replay import Launched
 
@@ -214,7 +214,7 @@ def spatial(
         out.dtype, gpu, target.input_precision(out.dtype, gpu), relu, tiles,
     )  # fmt: skip
     if launch is None:
-        library(convs, out, mask, relu, tiles)
+        convolve(convs, out, mask, relu, tiles)
         return None
     xs, weights, biases = (tuple([conv[i] for conv in convs]) for i in range(3))
     with target.device_of(out):
