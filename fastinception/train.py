@@ -146,9 +146,9 @@ def _find_run(args: argparse.Namespace) -> tuple[Path, dict[str, Any] | None]:
                 "--output, or continue from it with --resume"
             )
         return folder, state
-    if checkpoint.newest(folder) is None and any((folder / name).exists() for name in FILES):
-        raise TrainingError(f"{folder} holds the record of a run without its checkpoints: choose another --output")
     if taken := [name for name in FILES if (folder / name).exists()]:
+        if checkpoint.newest(folder) is None:
+            raise TrainingError(f"{folder} holds the record of a run without its checkpoints: choose another --output")
         raise TrainingError(
             f"{folder} holds a run already ({taken[0]}): continue it with --resume, or choose another --output"
         )
