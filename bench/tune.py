@@ -215,8 +215,8 @@ class Tuner:
             entries += done[f"{unit} {name}"]
             write_json(self.progress, self.path)
             if self.table is not None:
-                found = [entry for entries_of_pass in done.values() for entry in entries_of_pass]
-                write_json({"conditions": self.progress["conditions"], "entries": found}, self.table)
+                all_entries = [entry for entries_of_pass in done.values() for entry in entries_of_pass]
+                write_json({"conditions": self.progress["conditions"], "entries": all_entries}, self.table)
         return entries
 
     def _compile(self, name: str, run: Run, choices: list[Choice]) -> None:

@@ -27,8 +27,8 @@ class MaxPool2d(nn.MaxPool2d):
         As ``torch.nn.MaxPool2d``: ``[N, C, H, W]`` to ``[N, C, H_out, W_out]``.
 
     Attributes:
-        backend: ``"aten"`` keeps Triton out, and so does the environment variable FASTINCEPTION_BACKEND, read when a
-            pool is built; ``"triton"`` asks for it on CPU tensors, in Triton's interpreter.
+        backend: ``"aten"`` keeps Triton out; ``"triton"`` asks for it on CPU tensors, in Triton's interpreter. A pool
+            starts with what the environment variable FASTINCEPTION_BACKEND says when it is built.
     """
 
     backend: str = "auto"

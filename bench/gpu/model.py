@@ -17,8 +17,8 @@ class Modelled(NamedTuple):
     """One block, with the best tile for each launch; ``*_l2`` are bytes from L2 for a cycle of the tensor cores.
 
     ``apart``: the pool into a buffer and then one GEMM over both sources, where what is measured has the projection in
-    the pool's launch. ``library``: two convolutions
-    and one launch that finishes them. ``*_l2`` is None where something else than the L2 cache bounds the launch.
+    the pool's launch. ``library``: two convolutions and one launch that finishes them. ``*_l2`` is None where something
+    else than the L2 cache bounds the launch.
     """
 
     entry: float

@@ -129,10 +129,10 @@ def each_launch(run: Run, timer: Timer) -> list[dict[str, Any]]:
     Returns:
         In the order of the launches: the ``kernel``'s name and its figures, as ``measure`` returns them.
     """
-    late = timer.late
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
+    late = timer.late
     kernels: list[str] = []
 
     def launch() -> list[tuple[Any, Any]]:
