@@ -105,11 +105,11 @@ SPATIAL = {1: 5, 2: 9}
 
 
 class _Plan(NamedTuple):
-    """Which launches a backward takes, and of what: the same for the same shapes and needs. Indices count branches."""
+    """Which launches a backward takes, and of what, by shapes and needs. Indices count branches from 0."""
 
     merged: int  # columns of the matrix for branch 1's gradient and the reductions'
     pooled: int  # columns of the pooled x's gradient, 0 without
-    widths: tuple[int, ...]  # columns of branches 1 to 3's own, 0 without
+    widths: tuple[int, ...]  # columns of the matrices that branches 2 to 4 have of their own, 0 without
     branches: tuple[Branch, ...]
     branch_of: tuple[int, ...]
     gradients: tuple[Gradient, ...]
@@ -203,11 +203,13 @@ def _plan(
         products[j] = products[j]._replace(sums=place(elements, division.parts, *outs[i][1]))
 
     return _Plan(
-        c1 + c21 + c31 if need(x, w1, b1, w21, b21, w31, b31) else 0,
-        channels if needs[x] else 0,
-        tuple(columns if i in branch_of else 0 for i, columns in ((1, c2), (2, c3), (3, c4))),
-        tuple(branches), tuple(branch_of), tuple(gradients), tuple(gradient_of), tiles,
-        by_library, tuple(products), product_of, division, tuple(sums.values()), tuple(sums), partials,
+        merged=c1 + c21 + c31 if need(x, w1, b1, w21, b21, w31, b31) else 0,
+        pooled=channels if needs[x] else 0,
+        widths=tuple(columns if i in branch_of else 0 for i, columns in ((1, c2), (2, c3), (3, c4))),
+        branches=tuple(branches), branch_of=tuple(branch_of),
+        gradients=tuple(gradients), gradient_of=tuple(gradient_of), tiles=tiles,
+        library=by_library, products=tuple(products), product_of=product_of, division=division,
+        sums=tuple(sums.values()), sum_of=tuple(sums), partials=partials,
     )  # fmt: skip
 
 
