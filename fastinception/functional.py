@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from fastinception import aten, backends, eager, ops
 from fastinception.backends import Path
-from fastinception.kernels import configs, replay
+from fastinception.kernels import replay
 
 ACTIVATIONS = ("relu", "none")
 # Elements of x up to which standard operators compute a block faster on a CPU, in both modes (measured with AVX2): they
@@ -76,12 +76,6 @@ class _Way(NamedTuple):
     known: replay.Known | None  # of launches for such operands, by Triton and where nothing watches
 
 
-@configs.cached
-def _seen(*key: Any) -> replay.Seen:
-    """Return what was seen of calls with this key: operands, and their ways."""
-    return []
-
-
 def _seen_like(x: Tensor, backend: str, relu: bool, params: Sequence[Tensor]) -> replay.Seen | None:
     """Return what was seen of calls whose operands may be like these, or None where they do not say all.
 
@@ -93,10 +87,10 @@ def _seen_like(x: Tensor, backend: str, relu: bool, params: Sequence[Tensor]) ->
     operands = x, *params
     if not {*map(type, operands)} <= backends.PLAIN or backend not in backends.BACKENDS:
         return None
-    about = backend, relu, torch.is_grad_enabled(), x.shape
+    about = "ways", backend, relu, torch.is_grad_enabled(), x.shape
     if backend == "aten" or (x.is_cpu and backend == "auto"):
-        return _seen(*about)
-    return _seen(*about, *replay.surroundings(x)) if replay.are_aligned(operands) else None
+        return replay.seen_of(*about)
+    return replay.seen_of(*about, *replay.surroundings(x)) if replay.are_aligned(operands) else None
 
 
 def _choose(x: Tensor, params: Sequence[Tensor], backend: str, relu: bool) -> _Way:

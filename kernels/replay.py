@@ -246,7 +246,7 @@ def known(tensors: Sequence[Tensor]) -> Known:
     """Return what is known of launches for operands like these: for the same facts one dict, empty at first."""
     about = surroundings(tensors[0])
     compared = TensorGuards is not None and are_aligned(tensors)
-    seen = _seen(*about, tensors[0].shape, len(tensors)) if compared else []
+    seen = seen_of("launches", *about, tensors[0].shape, len(tensors)) if compared else []
     found: Known | None = recall(seen, tensors)
     if found is None:
         found = _known(
@@ -270,6 +270,12 @@ def are_aligned(tensors: Sequence[Tensor]) -> bool:
 
 
 Seen = list[tuple[Any, Any]]  # what compares others with tensors that were seen, and what stands for these
+
+
+@configs.cached
+def seen_of(*key: Any) -> Seen:
+    """Return what was seen of operands with this key: always the same list, empty at first."""
+    return []
 
 
 def recall(seen: Seen, tensors: Sequence[Tensor]) -> Any:
@@ -305,12 +311,6 @@ def _guards() -> Any:
 # wanted, what the dispatcher is told. To read and hash them in Python takes the host several times as long.
 TensorGuards = _guards()
 _MOST_SEEN = 16
-
-
-@configs.cached
-def _seen(*key: Any) -> Seen:
-    """Return what was seen of operands that are all aligned."""
-    return []
 
 
 @configs.cached
