@@ -321,7 +321,7 @@ class Trainer:
         batch = self.order[max(0, last - self.config["batch_size"]) : last].tolist()
         return TrainingError(
             f"{what} is not finite in epoch {self.epoch + 1}, step {step} of {self.steps}. "
-            f"That batch's examples, as indices into the training split: {batch}. "
+            f"That step's examples, as indices into the training split: {batch}. "
             f"The last good checkpoint is {self.folder / checkpoint.CURRENT}"
         )
 
