@@ -127,8 +127,8 @@ _INTERPRETED = {
 }
 FEWER = 4  # times as few rows as were tuned for
 NEAR = 8  # times, all factors between two shapes: 2.2 between blocks of a stage, up to thousands between others
-# Programs that the weight gradients are divided into: two for each SM of an H100.
-PROGRAMS = 264
+# Programs that the weight gradients are divided into, for each processor: as many as fit one (sm_90, 16-bit types).
+PROGRAMS = 2
 
 
 def sweep(size: Sweep, gpu: Gpu) -> Sweep:
@@ -242,7 +242,7 @@ def default(kernel: str, rows: int, columns: int, dtype: torch.dtype, gpu: Gpu) 
     one of them does.
     """
     chosen = DEFAULTS[kernel](dtype, gpu.chip)
-    if kernel != "weight_gradient":  # that divides its pixels among PROGRAMS
+    if kernel != "weight_gradient":  # that divides its pixels among all
         for smaller in _smaller(chosen):
             if tiles(rows, smaller.block_m) * tiles(columns, narrow(smaller.block_n, columns)) <= gpu.processors:
                 chosen = smaller

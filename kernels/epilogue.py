@@ -178,9 +178,8 @@ def out_run(shape: tuple[int, ...], channels_last: bool) -> int:
 def run_of(*counts: int) -> int:
     """Return how many elements a run has whose length and distances from others are these, 16 at most.
 
-    Pairs count as single ones, until a GPU has seen them again: on an H200 with Triton 3.6 the test of 6x5 pixels
-    failed. The PTX of that day is right where it was followed step by step, and right blocks, simulated, fail such a
-    test by chance in up to 7 of 100 draws; the test leaves these out now.
+    Pairs count as single ones, until a GPU has seen them again: with them the test of 6x5 pixels failed on an H200, by
+    all that a CPU can tell by chance.
     """
     run = math.gcd(*counts, 16)
     return 1 if run == 2 else run

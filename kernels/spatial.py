@@ -29,7 +29,10 @@ from fastinception.kernels.replay import Launched
 
 
 class Geometry(NamedTuple):
-    """What the loop of a strip is compiled for: constants of the kernel, which finds them by their places."""
+    """What the loop of a strip is compiled for: constants of the kernel, which finds them by their places.
+
+    By names it could not before Triton 3.9.
+    """
 
     conv: int  # which of the list's the strip is of
     kernel_h: int

@@ -230,6 +230,13 @@ def test_a_step_takes_one_pixel_of_64_images_where_few_are_beyond_the_batch(batc
     assert (division.images_first, division.steps) == (images_first, steps)
 
 
+@pytest.mark.parametrize("processors", [108, 132, 148])
+def test_the_programs_of_a_weight_gradient_are_two_for_each_processor_at_most(processors):
+    gpu, product = target.Gpu("", "sm_90", processors), weight_gradient.Product(128, 128, 3, 3)
+    division = weight_gradient.divide((128, 28, 28), [product], torch.bfloat16, gpu)
+    assert 2 * processors - 9 < 9 * division.parts <= 2 * processors
+
+
 @pytest.mark.parametrize("channels", [16, 4096, 1 << 20])
 def test_addresses_inside_a_part_fit_32_bits(channels):
     tiles, gpu = configs.Tiles(64, 64, 64, num_warps=4, num_stages=2), target.gpu(torch.device("cpu"))
