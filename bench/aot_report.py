@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from bench.harness import DTYPES, LAYOUTS
-from bench.record import commit, write_json
+from bench.record import check_writable, commit, write_json
 from fastinception.googlenet import WIDTHS
 from fastinception.kernels import target
 
@@ -74,7 +74,11 @@ def _run(cases: list[tuple[str, ...]], kernels: tuple[str, ...], jobs: int) -> I
         return
     # spawn: a forked child would share threads that torch may have started.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(measure, cases)
+        try:
+            yield from pool.map(measure, cases)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _widths(counts: dict[str, int]) -> str:
@@ -173,10 +177,11 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--against {args.against}: {error}")
         if missing := {"triton", "commit", "rows"} - set(other if isinstance(other, dict) else ()):
             parser.error(f"--against {args.against} is no report: it lacks {', '.join(sorted(missing))}")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        parser.error(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
-    if args.json is not None and args.json.is_dir():
-        parser.error(f"--json {args.json} is a folder, and the name of a file was expected")
+    if args.json is not None:
+        try:
+            check_writable(args.json)
+        except ValueError as error:
+            parser.error(f"--json {error}")
     if target.interpreted():
         parser.error("TRITON_INTERPRET is set, and the interpreter replaces the compiler: unset it")
     try:
@@ -185,14 +190,17 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("Triton is not installed")
     head = {"torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
     print(", ".join(f"{name} {version}" for name, version in head.items()))
-    rows = []
-    for found in _run(_cases(args), tuple(args.kernels), args.jobs):
-        rows += found
-        for row in found:
-            print("\n".join(lines(row)), flush=True)
-    report = head | {"rows": rows}
-    if args.json is not None:
-        write_json(report, args.json)
+    report: dict[str, Any] = head | {"rows": []}
+    try:
+        for found in _run(_cases(args), tuple(args.kernels), args.jobs):
+            report["rows"] += found
+            if args.json is not None:
+                write_json(report, args.json)
+            for row in found:
+                print("\n".join(lines(row)), flush=True)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     if other is not None:
         print(f"\nagainst triton {other['triton']}, commit {other['commit']}:")
         print("\n".join(differences(report, other)) or "no difference")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ try:
     from bench.agreement import Disagreement
     from bench.comparison import Comparison
     from bench.harness import DTYPES, Batch, compile_failure, load_batch
-    from bench.record import conditions, write_json
+    from bench.record import check_writable, conditions, write_json
     from bench.report import Display, Row, cross_precision, plot
     from fastinception import backends
 except ModuleNotFoundError as missing:
@@ -65,12 +64,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.synthetic and args.data_root:
         parser.error("--synthetic and --data-root exclude each other")
     for path in filter(None, (args.json, args.plot)):
-        if not path.absolute().parent.is_dir():
-            parser.error(f"{path}: there is no folder {path.absolute().parent}")
-        if path.is_dir():
-            parser.error(f"{path} is a folder, and the name of a file was expected")
-        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-            parser.error(f"{path} cannot be written")
+        try:
+            check_writable(path)
+        except ValueError as error:
+            parser.error(str(error))
     if args.plot and args.plot.suffix != ".png":
         parser.error(f"--plot writes a .png file, got {args.plot}")
     if args.plot and importlib.util.find_spec("matplotlib") is None:

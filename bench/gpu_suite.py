@@ -112,9 +112,17 @@ class Record:
         self.reread()
 
     def reread(self) -> None:
-        """Take over what is in the file."""
+        """Take over what is in the file; ValueError where it is damaged."""
         with contextlib.suppress(FileNotFoundError):
-            self.content = json.loads(self.path.read_text())
+            try:
+                found = json.loads(self.path.read_text())
+                missing = set(self.content) - set(found)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{self.path} is damaged, delete it to measure its part anew: {error}") from error
+            if missing:
+                words = f"it lacks {', '.join(sorted(missing))}"
+                raise ValueError(f"{self.path} is damaged, delete it to measure its part anew: {words}")
+            self.content = found
 
     def write(self, **changes: Any) -> None:
         """Change the content and write it."""
@@ -193,7 +201,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
     about = conditions(device) | {"dry": args.dry_run, "cudnn_benchmark": True}
-    records = {part: Record(part, args.output, about) for part in PARTS}
+    try:
+        records = {part: Record(part, args.output, about) for part in PARTS}
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     for record in records.values():
         before = record.content["conditions"]
         for name in SAME:
@@ -230,4 +242,8 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     # So that whoever ends the command ends what it started, too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped: what was measured is kept, run the command again", file=sys.stderr)
+        sys.exit(130)

@@ -40,24 +40,24 @@ def load_batch(
 
     Raises:
         FileNotFoundError: the data cannot be had.
-        ValueError: there are fewer images than ``size``, or a file is damaged.
+        ValueError: there are fewer images than ``size``, they do not fit into the memory, or a file is damaged.
     """
-    if synthetic:
-        generator = torch.Generator().manual_seed(0)
-        try:
+    try:
+        if synthetic:
+            generator = torch.Generator().manual_seed(0)
             images = torch.rand((size, 1, image_size, image_size), generator=generator)
             labels = torch.randint(10, (size,), generator=generator)
-        except RuntimeError as error:
-            words = f"batch size {size}: images of {image_size} pixels a side do not fit into the memory"
-            raise ValueError(f"{words}: {str(error).splitlines()[0]}") from error
-        source = "SYNTHETIC random images, not Fashion-MNIST"
-    else:
-        data = fashion_mnist("test", image_size=image_size, data_root=data_root, limit=size)
-        if len(data.images) < size:
-            raise ValueError(f"batch size {size}: there are only {len(data.images)} test images")
-        images, labels = data.images.float() / 255, data.labels
-        source = f"Fashion-MNIST test images, {data.source}"
-    return Batch(images.to(device), labels.to(device), source)
+            source = "SYNTHETIC random images, not Fashion-MNIST"
+        else:
+            data = fashion_mnist("test", image_size=image_size, data_root=data_root, limit=size)
+            if len(data.images) < size:
+                raise ValueError(f"batch size {size}: there are only {len(data.images)} test images")
+            images, labels = data.images.float() / 255, data.labels
+            source = f"Fashion-MNIST test images, {data.source}"
+        return Batch(images.to(device), labels.to(device), source)
+    except (RuntimeError, MemoryError) as error:
+        words = f"batch size {size}: images of {image_size} pixels a side do not fit into the memory"
+        raise ValueError(f"{words}: {str(error).splitlines()[0]}") from error
 
 
 class Runner:

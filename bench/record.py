@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,33 @@ def conditions(device: torch.device) -> dict[str, Any]:
     }
 
 
+def check_writable(path: Path) -> None:
+    """Raise the ValueError that says why no file can be written there, before there is anything to write."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, and the name of a file was expected")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise ValueError(f"{path}: there is no folder {folder}")
+    try:
+        if path.exists():
+            path.open("ab").close()
+        if _is_replaced(path):
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+
+
 def write_json(result: dict[str, Any], path: Path) -> None:
-    """Write strict JSON under ``path`` in one step: readers see the old file or the whole new one."""
-    checkpoint.write(path, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+    """Write strict JSON under ``path`` in one step: readers see the old file or the whole new one.
+
+    A link stays, and so does a pipe or a device, which is written as it is.
+    """
+    content = (json.dumps(result, indent=2, allow_nan=False) + "\n").encode()
+    if _is_replaced(path):
+        checkpoint.write(path.resolve(), content)
+    else:
+        path.write_bytes(content)
+
+
+def _is_replaced(path: Path) -> bool:
+    return path.is_file() or not path.exists()

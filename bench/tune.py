@@ -32,7 +32,7 @@ try:
     from rich.console import Console
 
     from bench.harness import DTYPES, synchronize
-    from bench.record import conditions, write_json
+    from bench.record import check_writable, conditions, write_json
     from bench.report import Display
     from bench.trial import DryTimer, Run, Timer, Unit, disagreement, launched, poisoned
     from fastinception.googlenet import WIDTHS, Widths
@@ -298,8 +298,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.device = torch.device("cpu") if args.dry_run else torch.device("cuda", torch.cuda.current_device())
     gpu = target.gpu(args.device)
     args.output = args.output or configs.table_path(gpu.name)
-    if not args.output.parent.is_dir():
-        parser.error(f"--output {args.output}: there is no such folder")
+    try:
+        check_writable(args.output)
+    except ValueError as error:
+        parser.error(f"--output {error}")
     args.about = conditions(args.device) | {"device": gpu.name, "dry_run": args.dry_run}
     # A table that lies in the checkout makes it dirty by being written.
     args.about["commit"] = args.about["commit"].removesuffix("-dirty")
@@ -347,6 +349,9 @@ def main(argv: list[str] | None = None) -> int:
                 left -= 1
     except OutOfTime:
         pass
+    except KeyboardInterrupt:
+        display.say(f"stopped: {args.path} keeps what was measured, run again to go on")
+        return 130
     finally:
         torch.backends.cudnn.benchmark = benchmark
     configs.forget()

@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from fastinception import backends, checkpoint
 from fastinception.data import FashionMNIST, fashion_mnist
+from fastinception.kernels import target
 from fastinception.record import Display, environment, write_record
 from fastinception.trainer import AMP, BLOCKS, Stopped, Trainer, TrainingError, World
 
@@ -86,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--epochs", type=integer(1), help="default: 10; more than before to prolong a finished run")
     add("--lr", type=rate, help="SGD's learning rate (default: 0.1)")
     add("--batch-size", type=integer(1), help="global, shared by all processes (default: 128)")
-    add("--image-size", type=integer(SMALLEST_IMAGE), help=f"pixels per side, {SMALLEST_IMAGE} at least (default: 96)")
+    sides = integer(SMALLEST_IMAGE, 2**15)  # more would overflow NumPy's sizes
+    add("--image-size", type=sides, help=f"pixels per side, {SMALLEST_IMAGE} at least (default: 96)")
     add("--seed", type=integer(0), help="of the weights and of each epoch's order (default: 0)")
     add("--limit", type=integer(1), metavar="N", help="the first N images of each split only")
     add("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda if there is one (default)")
@@ -280,9 +282,22 @@ def _train(args: argparse.Namespace, world: World) -> int:
             os.close(held)
 
 
+def _check_backend(config: dict[str, Any], device: torch.device) -> None:
+    """Raise the TrainingError that says why the environment's backend cannot run, before anything is written."""
+    try:
+        backend = backends.check("auto")
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
+    if config["block"] == "fast" and backend == "triton":
+        reason = target.unsupported(device, AMP[config["amp"]] or torch.float32)
+        if reason is not None:
+            raise TrainingError(f"FASTINCEPTION_BACKEND=triton cannot run here: {reason}")
+
+
 def _train_in(
     folder: Path, state: dict[str, Any] | None, config: dict[str, Any], data_root: Path | None, world: World
 ) -> int:
+    _check_backend(config, world.device)
     compiled = config["compile"]
     if compiled is None:
         compiled = world.device.type == "cuda" and importlib.util.find_spec("triton") is not None

@@ -663,3 +663,18 @@ def test_bad_arguments_are_named(arguments, message, monkeypatch, capsys, tmp_pa
         aot_report.main(arguments)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_was_compiled_before_an_interrupt_is_kept(monkeypatch, tmp_path, capsys):
+    def measure(case, kernels):
+        if case[1] == "3b":
+            raise KeyboardInterrupt
+        return [a_row(block=case[1])]
+
+    monkeypatch.setattr(aot_report, "_measure", measure)
+    monkeypatch.setattr(aot_report.target, "interpreted", lambda: False)
+    path = tmp_path / "kept.json"
+    options = ["--chips", "sm_90", "--dtypes", "bf16", "--mode", "train", "--jobs", "1", "--json", str(path)]
+    assert aot_report.main(options) == 130
+    assert [row["block"] for row in json.loads(path.read_text())["rows"]] == ["3a"]
+    assert capsys.readouterr().err == "stopped\n"

@@ -598,6 +598,41 @@ def test_json_is_strict_and_replaced_in_one_step(tmp_path: Path, monkeypatch: py
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]
 
 
+def test_json_through_a_link_or_into_a_pipe_leaves_both_as_they_are(tmp_path: Path) -> None:
+    link, file, pipe = (tmp_path / name for name in ("link.json", "r.json", "pipe"))
+    file.write_text("old")
+    link.symlink_to(file)
+    os.mkfifo(pipe)
+    record.check_writable(link)
+    record.write_json({"rows": [1]}, link)
+    assert link.is_symlink()
+    assert _strict(file) == {"rows": [1]}
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        record.check_writable(pipe)
+        record.write_json({"rows": [2]}, pipe)
+        assert json.loads(os.read(reader, 4096)) == {"rows": [2]}
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link.json", "pipe", "r.json"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which nobody may write, root neither")
+def test_a_folder_in_which_nobody_may_write_is_found_at_once() -> None:
+    with pytest.raises(ValueError, match=r"/proc/r\.json cannot be written: "):
+        record.check_writable(Path("/proc/r.json"))
+
+
+def test_images_that_do_not_fit_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError("Unable to allocate 596. GiB")
+
+    monkeypatch.setattr(harness, "fashion_mnist", full)
+    with pytest.raises(ValueError, match=r"images of 96 pixels a side do not fit into the memory: Unable to allocate"):
+        harness.load_batch(8, 96, torch.device("cpu"), synthetic=False)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -264,3 +264,17 @@ def test_results_of_another_commit_are_not_mixed_in(
     record.write(conditions=record.content["conditions"] | {"commit": "0123456789ab"})
     assert gpu_suite.main(["--dry-run", "--output", str(tmp_path)]) == 2
     assert "tests.json was made with commit '0123456789ab'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [('{"part"', "Expecting"), ("{}", "it lacks cases, "), ("3", "iterable")]
+)
+def test_a_damaged_part_is_named(
+    tmp_path: Path, no_process: None, capsys: pytest.CaptureFixture[str], content: str, reason: str
+) -> None:
+    (tmp_path / "tests.json").write_text(content)
+    assert gpu_suite.main(["--dry-run", "--output", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'tests.json'} is damaged, delete it to measure its part anew: " in told
+    assert reason in told
+    assert (tmp_path / "tests.json").read_text() == content

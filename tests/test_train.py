@@ -702,6 +702,7 @@ def test_resume_takes_the_recipe_from_the_run_and_another_block(command, images,
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
         (["--image-size", "31"], "argument --image-size: must be 32 to"),
+        (["--image-size", "40000"], "argument --image-size: must be 32 to 32768"),
         (["--limit", "0"], "argument --limit: must be 1 to"),
         (["--seed", "-1"], "argument --seed: must be 0 to"),
         (["--device", "tpu0"], "--device must be cpu, cuda, cuda:N or auto, got 'tpu0'"),
@@ -714,6 +715,28 @@ def test_bad_option(options, message, capsys):
         train.main(options)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("triton", "FASTINCEPTION_BACKEND=triton cannot run here: "),
+        (
+            "cudnn",
+            "the environment variable FASTINCEPTION_BACKEND must be one of 'auto', 'triton', 'aten', got 'cudnn'",
+        ),
+    ],
+)
+def test_a_backend_that_cannot_be_is_said_before_anything_is_written(
+    command, tmp_path, monkeypatch, capsys, backend, message
+):
+    monkeypatch.setenv("FASTINCEPTION_BACKEND", backend)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert command(tmp_path / "run") == 1
+    assert message in capsys.readouterr().err
+    assert not any((tmp_path / "run").iterdir())
+    if backend == "triton":
+        assert command(tmp_path / "run", "--block", "plain") == 0
 
 
 @pytest.mark.parametrize("damaged", [False, True])

@@ -191,23 +191,23 @@ needs_interpreter = pytest.mark.skipif(not target.interpreted(), reason="a dry r
 
 
 @needs_interpreter
-def test_a_dry_run_and_going_on_after_a_kill(monkeypatch, tmp_path, capsys):
+def test_a_dry_run_and_going_on_after_an_interrupt(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     table = tmp_path / "cpu.json"
     command = ["--dry-run", "--dtypes", "bf16", "--output", str(table)]
     measured: list[str] = []
     original = tune.Tuner.compare
 
-    def killed(self: tune.Tuner, name: str, *rest: Any) -> float:
+    def interrupted(self: tune.Tuner, name: str, *rest: Any) -> float:
         if len(measured) == 3:
             raise KeyboardInterrupt
         ratio = original(self, name, *rest)
         measured[:] = self.progress["measured"]
         return ratio
 
-    monkeypatch.setattr(tune.Tuner, "compare", killed)
-    with pytest.raises(KeyboardInterrupt):
-        tune.main(command)
+    monkeypatch.setattr(tune.Tuner, "compare", interrupted)
+    assert tune.main(command) == 130
+    assert "keeps what was measured, run again to go on" in " ".join(capsys.readouterr().out.split())
     assert not table.exists()
     progress = Path(f"{table}.progress")
     first = json.loads(progress.read_text())["measured"]
@@ -291,7 +291,7 @@ def test_a_table_without_its_progress_is_not_overwritten(fake_block, tmp_path, c
         (["--shapes", "8x31"], "at least 32 pixels, got '8x31'"),
         (["--dtypes", "fp64"], "invalid choice: 'fp64'"),
         (["--dry-run"], "needs an --output outside"),
-        (["--dry-run", "--output", "no/such/table.json"], "no/such/table.json: there is no such folder"),
+        (["--dry-run", "--output", "no/such/table.json"], "no/such/table.json: there is no folder"),
         (["--dry-run", "--output", str(configs.TUNED / "cpu.json")], "needs an --output outside"),
     ],
 )
