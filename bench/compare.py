@@ -21,6 +21,7 @@ try:
     import torch
     from rich.console import Console
 
+    from bench import engines
     from bench.agreement import Disagreement
     from bench.comparison import Comparison
     from bench.harness import DTYPES, Batch, compile_failure, load_batch
@@ -138,13 +139,14 @@ def main(argv: list[str] | None = None) -> int:
         "batch_size": args.batch_size,
         "image_size": args.image_size,
         "data": batch.source,
+        "engines": engines.versions() if args.device.type == "cpu" and "inference" in modes(args) else {},
         "quick": args.quick,
         "cudnn_benchmark": args.device.type == "cuda",
         "spread": "25th and 75th percentile of examples/s over the rounds",
         "notes": [],
     }
     for name, value in about.items():
-        if value not in (None, [], False) and name != "spread":
+        if value not in (None, [], {}, False) and name != "spread":
             console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
     result: dict[str, Any] = {}
 
@@ -163,6 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"FAILED: --batch-size {args.batch_size} does not fit: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         return 130
     for line in filter(None, (cross_precision(mode, rows) for mode in modes(args))):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import io
 from typing import Any
@@ -23,6 +24,13 @@ def available(dtype: str) -> list[str]:
         for name, (packages, dtypes) in ENGINES.items()
         if dtype in dtypes and all(importlib.util.find_spec(package) for package in packages)
     ]
+
+
+def versions() -> dict[str, str]:
+    """Return the version of each engine that is installed."""
+    packages = importlib.metadata.packages_distributions()  # the package onnxruntime may be of onnxruntime-gpu
+    modules = {name: ENGINES[name][0][0] for name in available("fp32")}
+    return {name: importlib.metadata.version(packages[m][0]) for name, m in modules.items() if m in packages}
 
 
 class Engine:

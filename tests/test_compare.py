@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.metadata
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import agreement, compare, comparison, floor, harness, memory, record, report
+from bench import agreement, compare, comparison, engines, floor, harness, memory, record, report
 from fastinception import FastInception, GoogLeNet, backends
 from fastinception.reference import Inception
 
@@ -244,6 +245,11 @@ def test_compiled_variants_are_rows_and_the_better_rival_is_kept(
     shown = [float(word) for word in note.split() if word.replace(".", "").isdigit()]
     assert len(shown) == 2
     assert f"{rows[3]['examples_per_second']:.1f}" == f"{max(shown):.1f}"
+
+
+def test_engines_are_recorded_with_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "ENGINES", {"Rich": (("rich",), ("fp32",)), "None": (("no_such",), ("fp32",))})
+    assert engines.versions() == {"Rich": importlib.metadata.version("rich")}
 
 
 @pytest.mark.usefixtures("fast_schedule")

@@ -66,6 +66,8 @@ def test_the_snippets_run_and_do_what_they_say() -> None:
     names = {}
     exec(swap, names)
     assert type(names["swap"](Inception(3, 2, (2, 2), (2, 2), 2))) is FastInception
+    shared = Inception(3, 2, (2, 2), (2, 2), 2)
+    assert [type(m) for m in names["swap"](torch.nn.Sequential(shared, shared))] == [FastInception, FastInception]
     (block,) = [m for m in names["net"].modules() if isinstance(m, FastInception)]
     assert explain(block, torch.rand(1, 192, 4, 4)).name == "aten"
 
