@@ -86,6 +86,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # There the plain network takes many times as long as in fp32, and no one should wait for that unasked.
     args.left_out = [] if args.dtype else [d for d in usual if backends.is_emulated(DTYPES[d], args.device)]
     args.dtype = list(dict.fromkeys(args.dtype or [dtype for dtype in usual if dtype not in args.left_out]))
+    for dtype in args.dtype:
+        if (reason := backends.environment_error(args.device, DTYPES[dtype])) is not None:
+            parser.error(reason)
     return args
 
 

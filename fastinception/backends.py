@@ -72,6 +72,17 @@ def check(backend: str) -> str:
     return backend
 
 
+def environment_error(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why what the variable FASTINCEPTION_BACKEND asks for cannot run on a device in a dtype, or None."""
+    try:
+        backend = check("auto")
+    except ValueError as error:
+        return str(error)
+    if backend == "triton" and (reason := target.unsupported(device, dtype)) is not None:
+        return f"FASTINCEPTION_BACKEND=triton cannot run here: {reason}"
+    return None
+
+
 def select(backend: str, x: Tensor, params: Sequence[Tensor]) -> Path:
     """Return the path for ``x``: ``"auto"`` takes Triton on a GPU that can run it, ATen everywhere else.
 

@@ -27,7 +27,6 @@ import torch.distributed as dist
 
 from fastinception import backends, checkpoint
 from fastinception.data import FashionMNIST, fashion_mnist
-from fastinception.kernels import target
 from fastinception.record import Display, environment, write_record
 from fastinception.trainer import AMP, BLOCKS, Stopped, Trainer, TrainingError, World
 
@@ -282,22 +281,13 @@ def _train(args: argparse.Namespace, world: World) -> int:
             os.close(held)
 
 
-def _check_backend(config: dict[str, Any], device: torch.device) -> None:
-    """Raise the TrainingError that says why the environment's backend cannot run, before anything is written."""
-    try:
-        backend = backends.check("auto")
-    except ValueError as error:
-        raise TrainingError(str(error)) from error
-    if config["block"] == "fast" and backend == "triton":
-        reason = target.unsupported(device, AMP[config["amp"]] or torch.float32)
-        if reason is not None:
-            raise TrainingError(f"FASTINCEPTION_BACKEND=triton cannot run here: {reason}")
-
-
 def _train_in(
     folder: Path, state: dict[str, Any] | None, config: dict[str, Any], data_root: Path | None, world: World
 ) -> int:
-    _check_backend(config, world.device)
+    if config["block"] == "fast":
+        reason = backends.environment_error(world.device, AMP[config["amp"]] or torch.float32)
+        if reason is not None:
+            raise TrainingError(reason)
     compiled = config["compile"]
     if compiled is None:
         compiled = world.device.type == "cuda" and importlib.util.find_spec("triton") is not None

@@ -669,6 +669,18 @@ def test_a_bad_option_ends_with_status_2_before_any_work(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("backend", "message"), [("triton", "=triton cannot run here: "), ("cudnn", "got 'cudnn'")])
+def test_a_backend_that_cannot_be_ends_with_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: str, message: str
+) -> None:
+    monkeypatch.setenv("FASTINCEPTION_BACKEND", backend)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(SystemExit) as stop:
+        compare.main([*TINY, "--device", "cpu"])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_truth_is_one_fp64_pass_of_the_plain_network() -> None:
     torch.manual_seed(0)
     weights = agreement.check_weights()
