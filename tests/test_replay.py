@@ -64,26 +64,27 @@ def known_of(net: Inception, x: Tensor, train: bool) -> replay.Known | None:
 
 
 @contextmanager
-def checked() -> Iterator[list[Any]]:
-    """Return the calls that are checked, and not taken for an earlier one."""
-    own, checks = functional._choose, []
+def noted(module: Any, name: str) -> Iterator[list[Any]]:
+    """Return the arguments of a module's function, of each call in turn."""
+    own, calls = getattr(module, name), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "_choose", lambda *args: checks.append(args) or own(*args))
-        yield checks
+        patch.setattr(module, name, lambda *args: calls.append(args) or own(*args))
+        yield calls
+
+
+def checked() -> Any:
+    """Return the calls that are checked, and not taken for an earlier one."""
+    return noted(functional, "_choose")
+
+
+def planned_backwards() -> Any:
+    """Return the backwards that are planned, and not known from an earlier one."""
+    return noted(launches, "backward")
 
 
 def is_known(net: Inception, x: Tensor, train: bool) -> bool:
     known = known_of(net, x, train)
     return known is not None and known.get((train, True)) is not None
-
-
-@contextmanager
-def planned_backwards() -> Iterator[list[Any]]:
-    """Return the backwards that are planned, and not known from an earlier one."""
-    own, plans = launches.backward, []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launches, "backward", lambda *args: plans.append(args) or own(*args))
-        yield plans
 
 
 @pytest.fixture
