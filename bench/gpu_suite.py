@@ -116,12 +116,10 @@ class Record:
         with contextlib.suppress(FileNotFoundError):
             try:
                 found = json.loads(self.path.read_text())
-                missing = set(self.content) - set(found)
+                if missing := set(self.content) - set(found):
+                    raise ValueError(f"it lacks {', '.join(sorted(missing))}")
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{self.path} is damaged, delete it to measure its part anew: {error}") from error
-            if missing:
-                words = f"it lacks {', '.join(sorted(missing))}"
-                raise ValueError(f"{self.path} is damaged, delete it to measure its part anew: {words}")
             self.content = found
 
     def write(self, **changes: Any) -> None:

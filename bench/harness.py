@@ -54,10 +54,10 @@ def load_batch(
                 raise ValueError(f"batch size {size}: there are only {len(data.images)} test images")
             images, labels = data.images.float() / 255, data.labels
             source = f"Fashion-MNIST test images, {data.source}"
-        return Batch(images.to(device), labels.to(device), source)
     except (RuntimeError, MemoryError) as error:
         words = f"batch size {size}: images of {image_size} pixels a side do not fit into the memory"
         raise ValueError(f"{words}: {str(error).splitlines()[0]}") from error
+    return Batch(images.to(device), labels.to(device), source)
 
 
 class Runner:

@@ -46,7 +46,7 @@ def check_writable(path: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{path}: there is no folder {folder}")
     try:
-        if path.exists():
+        if path.is_file():  # a pipe's reader would take this for its end
             path.open("ab").close()
         if _is_replaced(path):
             tempfile.TemporaryFile(dir=folder).close()

@@ -613,9 +613,9 @@ def test_json_through_a_link_or_into_a_pipe_leaves_both_as_they_are(tmp_path: Pa
     record.write_json({"rows": [1]}, link)
     assert link.is_symlink()
     assert _strict(file) == {"rows": [1]}
+    record.check_writable(pipe)  # which nobody reads: to open it would wait for ever
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        record.check_writable(pipe)
         record.write_json({"rows": [2]}, pipe)
         assert json.loads(os.read(reader, 4096)) == {"rows": [2]}
     finally:
@@ -637,6 +637,15 @@ def test_images_that_do_not_fit_are_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(harness, "fashion_mnist", full)
     with pytest.raises(ValueError, match=r"images of 96 pixels a side do not fit into the memory: Unable to allocate"):
         harness.load_batch(8, 96, torch.device("cpu"), synthetic=False)
+
+
+def test_what_a_device_says_is_not_taken_for_too_large_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: no kernel image")
+
+    monkeypatch.setattr(Tensor, "to", broken)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        harness.load_batch(1, 8, torch.device("cpu"), synthetic=True)
 
 
 @pytest.mark.parametrize(
