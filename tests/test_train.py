@@ -583,7 +583,7 @@ def test_non_finite_loss_names_its_batch(command, tmp_path, monkeypatch, capsys)
     message = capsys.readouterr().err
     order = np.random.default_rng([0, 1]).permutation(IMAGES)
     assert "the training loss is not finite in epoch 2, step 2 of 5" in message
-    assert str(order[BATCH : 2 * BATCH].tolist()) in message
+    assert f"That step's examples, as indices into the training split: {order[BATCH : 2 * BATCH].tolist()}" in message
     assert f"last good checkpoint is {folder / 'checkpoint.pt'}" in message
     assert position(folder) == (1, 0)
     assert all(bool(torch.isfinite(value).all()) for value in weights(folder).values())
