@@ -75,23 +75,24 @@ def stubbed() -> Iterator[None]:
         yield
 
 
-def measure(rounds: int = 30, calls: int = 50) -> dict[str, dict[str, float]]:
+def measure(rounds: int = 30, calls: int = 50, compiled: bool = False) -> dict[str, dict[str, float]]:
     """Return microseconds a call, least of all rounds, by block (``"plain"``, ``"FastInception"``, FLOOR) and kind.
 
     The processor's time of this thread, so that others on the machine count little; each round is the mean of
-    ``calls`` calls. Needs ``TRITON_INTERPRET=1``, which lets the launchers take CPU tensors.
+    ``calls`` calls. Needs ``TRITON_INTERPRET=1``, which lets the launchers take CPU tensors. With ``compiled`` also of
+    both blocks by ``torch.compile``.
     """
     x = torch.rand(1, 16, 2, 2).contiguous(memory_format=torch.channels_last)
     leaf = x.clone().requires_grad_()
-    blocks: dict[str, Any] = {
+    nets = {
         "plain": Inception(*WIDTHS),
         "FastInception": FastInception(*WIDTHS, backend="triton"),
         FLOOR: _Floor(*WIDTHS),
     }
-    leaves = {}
-    for name, block in blocks.items():
-        block.to(memory_format=torch.channels_last)
-        leaves[name] = [leaf, *block.parameters()]
+    blocks: dict[str, Any] = {name: net.to(memory_format=torch.channels_last) for name, net in nets.items()}
+    if compiled:
+        blocks |= {f"{name}, compiled": torch.compile(nets[name]) for name in ("plain", "FastInception")}
+    leaves = {name: [leaf, *block.parameters()] for name, block in blocks.items()}
     grad = torch.rand_like(blocks["plain"](x))
 
     def inference(name: str) -> None:
@@ -128,5 +129,5 @@ if __name__ == "__main__":
         description="Print the host's microseconds a call of a tiny block, launches stubbed."
     ).parse_args()
     os.environ["TRITON_INTERPRET"] = "1"  # here, not on import: it would switch a whole test run to the interpreter
-    for name, costs in measure().items():
-        print(f"{name:14}" + "".join(f"{kind}: {cost:6.1f} us   " for kind, cost in costs.items()))
+    for name, costs in measure(compiled=True).items():
+        print(f"{name:25}" + "".join(f"{kind}: {cost:6.1f} us   " for kind, cost in costs.items()))

@@ -71,14 +71,6 @@ class Conv2d(nn.Conv2d):
         )
 
 
-torch.library.define("fastinception::conv2d", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=custom_op.TAGS)
-torch.library.define(
-    "fastinception::conv2d_backward",
-    "(Tensor grad_out, Tensor x, Tensor weight, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    tags=custom_op.TAGS,
-)
-
-
 def _same(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=conv_backward.padding(weight))
 
@@ -89,27 +81,11 @@ def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     return custom_op.memory_format(weight) if format is torch.contiguous_format else format
 
 
-torch.library.impl("fastinception::conv2d", "default")(
-    lambda x, weight, bias: _same(x, weight, bias).contiguous(memory_format=memory_format(x, weight))
-)
-torch.library.register_fake(
-    "fastinception::conv2d",
-    lambda x, weight, bias: torch.empty_like(_same(x, weight, bias), memory_format=memory_format(x, weight)),
-)
-
-
-@torch.library.impl("fastinception::conv2d_backward", "default")
 def _conv2d_backward(grad_out: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
     rows, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad_out))
     with torch.autocast(x.device.type, enabled=False):  # it would narrow the products' operands
         found = conv_backward.conv_backward(grad, rows, weight, (needs[0], needs[1], needs[2]))
     return custom_op.without_none(custom_op.finish(found, conv_backward.inputs(x, weight)), like=x)
-
-
-torch.library.register_fake(
-    "fastinception::conv2d_backward",
-    lambda grad_out, x, weight, needs: custom_op.empty_gradients(conv_backward.inputs(x, weight), needs),
-)
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -137,7 +113,19 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
     return custom_op.differentiate_twice(ctx, grads, conv_backward.library)
 
 
-torch.library.register_autograd("fastinception::conv2d", _differentiate, setup_context=_setup)
-torch.library.register_autograd(
-    "fastinception::conv2d_backward", _differentiate_backward, setup_context=_setup_backward
+custom_op.define(
+    "conv2d_backward",
+    "(Tensor grad_out, Tensor x, Tensor weight, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    _conv2d_backward,
+    lambda grad_out, x, weight, needs: custom_op.empty_gradients(conv_backward.inputs(x, weight), needs),
+    _differentiate_backward,
+    _setup_backward,
+)
+custom_op.define(
+    "conv2d",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    lambda x, weight, bias: _same(x, weight, bias).contiguous(memory_format=memory_format(x, weight)),
+    lambda x, weight, bias: torch.empty_like(_same(x, weight, bias), memory_format=memory_format(x, weight)),
+    _differentiate,
+    _setup,
 )

@@ -1,4 +1,4 @@
-"""What the operators of this package share: their tags, the strides that they promise, and their derivatives."""
+"""What the operators of this package share: how they are defined, the strides that they promise, their derivatives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_LIBRARY = torch.library.Library("fastinception", "FRAGMENT")  # what it registers lives as long
+
+
+def define(
+    name: str,
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> None:
+    """Define ``torch.ops.fastinception.<name>``; with a derivative also ``_<name>``, the same without one.
+
+    The first calls the second, which is what a compiled graph holds. By ``torch.library.register_autograd`` it would
+    hold the first, where at each call Python looks for 5 to 10 us whether a gradient is recorded, and none ever is.
+
+    Args:
+        name: the operator's.
+        schema: its arguments and results, as ``torch.library.define`` takes them.
+        run: what computes it on every device.
+        fake: what allocates the results.
+        backward, setup_context: its derivative, as ``torch.library.register_autograd`` takes them; what ``backward``
+            returns for arguments beyond those that were passed must be None.
+    """
+    for own in (name,) if backward is None else (name, f"_{name}"):
+        torch.library.define(f"fastinception::{own}", schema, tags=_TAGS)
+        torch.library.impl(f"fastinception::{own}", "default")(run)
+        torch.library.register_fake(f"fastinception::{own}", fake)
+    if backward is not None and setup_context is not None:
+        _LIBRARY.impl(name, _differentiable(name, backward, setup_context), "Autograd")
+
+
+def _differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
+    """Return what calls the operator below autograd, and records its derivative where one is wanted."""
+    below = getattr(torch.ops.fastinception, f"_{name}").default
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        results = below(*args)
+        setup_context(ctx, args, results)
+        return results
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(f"fastinception_{name}_", (torch.autograd.Function,), methods)  # PyTorch appends Backward
+
+    def call(*args: Any) -> Any:
+        recorded = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+        return function.apply(*args) if recorded else below(*args)
+
+    return call
 
 
 def memory_format(t: Tensor) -> torch.memory_format:

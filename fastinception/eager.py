@@ -70,8 +70,9 @@ def run(backend: str, x: Tensor, params: Sequence[Tensor], needs_grad: bool, rel
     """
     if not relu and (needs_grad or backend == "aten"):
         raise ValueError("only Triton's forward comes without ReLU")
+    if backend == "triton" and not needs_grad:
+        return cast(Tensor, torch.ops.fastinception.triton_inference(x, *params, relu))
     if backend == "aten" and needs_grad and not watched() and not any(map(Tensor.is_neg, (x, *params))):
         return cast(Tensor, _Inception.apply("aten", {}, x, *params))
-    flags = (needs_grad, relu) if backend == "triton" else ()
-    out, *_ = getattr(torch.ops.fastinception, f"{backend}_forward")(x, *params, *flags)
+    out, *_ = getattr(torch.ops.fastinception, f"{backend}_forward")(x, *params)
     return cast(Tensor, out)

@@ -1,8 +1,8 @@
 """Register the block as operators, for each backend one in each direction: ``torch.ops.fastinception.*``.
 
 ``aten_forward`` and ``triton_forward`` allocate and return the output, and behind it what ``aten_backward`` and
-``triton_backward`` need; ``inception_out`` writes into the caller's output and has no gradient. The backward's own
-derivative is computed from plain operators.
+``triton_backward`` need; ``triton_inference`` returns the output alone, and ``inception_out`` writes into the caller's:
+these have no gradient. The backward's own derivative is computed from plain operators.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def empty_output(x: Tensor, params: Sequence[Tensor]) -> Tensor:
     return _dense(x, output_shape(x, params), format)
 
 
-def _empty_aten_outputs(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _empty_aten_outputs(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
     """Allocate what ``aten_forward`` returns, see :func:`aten.forward_saving`."""
     n, channels, height, width = x.shape
     widths = (params[2].shape[0], params[6].shape[0], *_widths(params), channels)
@@ -74,24 +74,9 @@ def _empty_aten_outputs(x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ..
     return empty_output(x, params), *saved, torch.empty_like(saved[-1], dtype=torch.int64)
 
 
-def _empty_triton_outputs(x: Tensor, params: Sequence[Tensor], save: bool) -> tuple[Tensor, ...]:
+def _empty_triton_outputs(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
     """Allocate what ``triton_forward`` returns, see :class:`fastinception.kernels.block.Saved`."""
-    saved = _launches().empty_saved(x, params, save)
-    return empty_output(x, params), *custom_op.without_none(saved, like=x)
-
-
-torch.library.define(
-    "fastinception::aten_forward",
-    f"(Tensor x, {_PARAMS}) -> (Tensor out, Tensor r2, Tensor r3, "
-    "Tensor p1, Tensor p2, Tensor p3, Tensor p4, Tensor pooled, Tensor indices)",
-    tags=custom_op.TAGS,
-)
-torch.library.define(
-    "fastinception::triton_forward",
-    f"(Tensor x, {_PARAMS}, bool save, bool relu=True) -> "
-    "(Tensor out, Tensor r2, Tensor r3, Tensor mask, Tensor pooled, Tensor codes)",
-    tags=custom_op.TAGS,
-)
+    return empty_output(x, params), *cast(Sequence[Tensor], _launches().empty_saved(x, params, True))
 
 
 def aten_forward(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
@@ -100,11 +85,13 @@ def aten_forward(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
     return out, *(custom_op.as_promised(tensor, _channels_last_strides(tensor.shape)) for tensor in saved)
 
 
-def _triton_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    params, save, relu = args[:12], args[12], args[13] if len(args) > 13 else True
-    if save and not relu:
-        raise ValueError("only the block with its ReLUs has a backward: save=False was expected with relu=False")
-    return custom_op.without_none(launch_forward(replay.known((x, *params)), x, params, save, relu), like=x)
+def _triton_forward(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+    return tuple(cast(Sequence[Tensor], launch_forward(replay.known((x, *params)), x, params, True, True)))
+
+
+def _triton_inference(x: Tensor, *args: Any) -> Tensor:
+    *params, relu = args
+    return cast(Tensor, launch_forward(replay.known((x, *params)), x, params, False, relu)[0])
 
 
 def launch_forward(
@@ -135,22 +122,6 @@ def _channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return height * width * channels, 1, width * channels, channels
 
 
-torch.library.impl("fastinception::aten_forward", "default")(aten_forward)  # as a decorator it would return None
-torch.library.impl("fastinception::triton_forward", "default")(_triton_forward)
-torch.library.register_fake("fastinception::aten_forward", lambda x, *params: _empty_aten_outputs(x, params))
-torch.library.register_fake(
-    "fastinception::triton_forward", lambda x, *args: _empty_triton_outputs(x, args[:12], args[12])
-)
-
-
-torch.library.define(
-    "fastinception::inception_out",
-    f"(Tensor x, {_PARAMS}, str backend, Tensor(a!) out, bool relu=True) -> ()",
-    tags=custom_op.TAGS,
-)
-
-
-@torch.library.impl("fastinception::inception_out", "default")
 def _inception_out(x: Tensor, *args: Any) -> None:
     params, backend, out, relu = list(args[:12]), args[12], args[13], args[14] if len(args) > 14 else True
     check_overlap(out, (x, *params))
@@ -181,26 +152,6 @@ def check_overlap(out: Tensor, inputs: Sequence[Tensor]) -> None:
             other_first, other_end = addresses(tensor)
             if first < other_end and other_first < end:
                 raise ValueError("out must not share memory with x or with a parameter")
-
-
-@torch.library.register_fake("fastinception::inception_out")
-def _inception_out_fake(x: Tensor, *args: Any) -> None:
-    return None
-
-
-_GRADIENTS = ", ".join(["Tensor"] * 13)
-torch.library.define(
-    "fastinception::aten_backward",
-    f"(Tensor grad_out, Tensor x, {_PARAMS}, Tensor r2, Tensor r3, Tensor p1, Tensor p2, Tensor p3, Tensor p4, "
-    f"Tensor pooled, Tensor indices, bool[] needs) -> ({_GRADIENTS})",
-    tags=custom_op.TAGS,
-)
-torch.library.define(
-    "fastinception::triton_backward",
-    f"(Tensor grad_out, Tensor x, {_PARAMS}, Tensor r2, Tensor r3, Tensor mask, "
-    f"Tensor pooled, Tensor codes, bool[] needs) -> ({_GRADIENTS})",
-    tags=custom_op.TAGS,
-)
 
 
 def aten_gradients(grad_out: Tensor, x: Tensor, *args: Any) -> list[Tensor | None]:
@@ -261,47 +212,15 @@ def _empty_gradient(t: Tensor) -> Tensor:
     return _dense(t, t.shape, torch.channels_last)
 
 
-torch.library.impl("fastinception::aten_backward", "default")(
-    lambda *args: custom_op.without_none(aten_gradients(*args), like=args[0])
-)
-torch.library.impl("fastinception::triton_backward", "default")(
-    lambda *args: custom_op.without_none(triton_gradients(*args), like=args[0])
-)
-
-
-def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_forward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     _, *saved = output
-    ctx.saves = len(inputs) == 13 or inputs[13]
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)  # or zeros would be made of what is saved, every time
-    ctx.save_for_backward(*inputs[:13], *saved)
+    ctx.save_for_backward(*inputs, *saved)
 
 
-def _differentiate(backward: Any) -> Callable[[Tensor, Sequence[Tensor], list[bool]], list[Tensor | None]]:
-    """Return the gradients as a function of the upstream gradient, of what was saved, and of what is needed, by one
-    operator, which has a derivative."""
-
-    def differentiate(grad_out: Tensor, saved: Sequence[Tensor], needs: list[bool]) -> list[Tensor | None]:
-        if forward_ad._current_level >= 0:  # a tangent of grad_out passes through plain operators only
-            return _compose_backward(grad_out, saved[:13], needs)
-        grads = backward(grad_out, *saved, needs)
-        return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-
-    return differentiate
-
-
-def _register_derivative(backend: str, extra: int) -> None:
-    """Give a forward operator, with ``extra`` arguments after x and the params, its derivative."""
-
-    def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad_out is None:
-            return (None,) * (13 + extra)
-        if not ctx.saves:
-            raise RuntimeError(f"fastinception::{backend}_forward kept nothing for its backward: save must be True")
-        grads = DIFFERENTIATED[backend](grad_out, ctx.saved_tensors, custom_op.needed(ctx, 13))
-        return *grads, *(None,) * extra
-
-    torch.library.register_autograd(f"fastinception::{backend}_forward", backward, setup_context=_setup_forward)
+def _no_backward(ctx: Any, grad_out: Tensor) -> None:
+    raise RuntimeError("fastinception::triton_inference keeps nothing for a backward: triton_forward was expected")
 
 
 def _compose_backward(grad_out: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -330,15 +249,68 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
     return custom_op.differentiate_twice(ctx, grads, backward)
 
 
+def _define(
+    backend: str, saved: str, forward: Any, fake: Any, gradients: Any
+) -> Callable[[Tensor, Sequence[Tensor], list[bool]], list[Tensor | None]]:
+    """Define the two operators of a backend that keeps what is ``saved``.
+
+    Returns:
+        The gradients, which have a derivative, of the upstream one, of what autograd saved, and of what is needed.
+    """
+
+    def run(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        return custom_op.without_none(gradients(grad_out, *args), like=grad_out)
+
+    def empty(grad_out: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        return custom_op.empty_gradients((x, *args[:12]), args[-1])
+
+    schema = f"(Tensor grad_out, Tensor x, {_PARAMS}, {saved}, bool[] needs) -> ({', '.join(['Tensor'] * 13)})"
+    custom_op.define(f"{backend}_backward", schema, run, empty, _differentiate_backward, _setup_backward)
+    operator = getattr(torch.ops.fastinception, f"{backend}_backward")
+
+    def differentiate(grad_out: Tensor, saved: Sequence[Tensor], needs: list[bool]) -> list[Tensor | None]:
+        if forward_ad._current_level >= 0:  # a tangent of grad_out passes through plain operators only
+            return _compose_backward(grad_out, saved[:13], needs)
+        grads = operator(grad_out, *saved, needs)
+        return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+    def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> Sequence[Tensor | None]:
+        if grad_out is None:
+            return (None,) * 13
+        return tuple(differentiate(grad_out, ctx.saved_tensors, custom_op.needed(ctx, 13)))
+
+    schema = f"(Tensor x, {_PARAMS}) -> (Tensor out, {saved})"
+    custom_op.define(f"{backend}_forward", schema, forward, fake, backward, _setup_forward)
+    return differentiate
+
+
 DIFFERENTIATED = {
-    backend: _differentiate(getattr(torch.ops.fastinception, f"{backend}_backward")) for backend in ("aten", "triton")
+    "aten": _define(
+        "aten",
+        "Tensor r2, Tensor r3, Tensor p1, Tensor p2, Tensor p3, Tensor p4, Tensor pooled, Tensor indices",
+        aten_forward,
+        _empty_aten_outputs,
+        aten_gradients,
+    ),
+    "triton": _define(
+        "triton",
+        "Tensor r2, Tensor r3, Tensor mask, Tensor pooled, Tensor codes",
+        _triton_forward,
+        _empty_triton_outputs,
+        triton_gradients,
+    ),
 }
-for _backend, _extra in (("aten", 0), ("triton", 2)):
-    _register_derivative(_backend, _extra)
-    torch.library.register_autograd(
-        f"fastinception::{_backend}_backward", _differentiate_backward, setup_context=_setup_backward
-    )
-    torch.library.register_fake(
-        f"fastinception::{_backend}_backward",
-        lambda grad_out, x, *args: custom_op.empty_gradients((x, *args[:12]), args[-1]),
-    )
+custom_op.define(
+    "triton_inference",
+    f"(Tensor x, {_PARAMS}, bool relu) -> Tensor",
+    _triton_inference,
+    lambda x, *args: empty_output(x, args[:12]),
+    _no_backward,
+    lambda ctx, inputs, output: None,
+)
+custom_op.define(
+    "inception_out",
+    f"(Tensor x, {_PARAMS}, str backend, Tensor(a!) out, bool relu=True) -> ()",
+    _inception_out,
+    lambda x, *args: None,
+)

@@ -93,22 +93,10 @@ def launch(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-torch.library.define(
-    "fastinception::max_pool2d", f"(Tensor x, {_SETTINGS}) -> (Tensor out, Tensor indices)", tags=custom_op.TAGS
-)
-torch.library.define(
-    "fastinception::max_pool2d_backward",
-    f"(Tensor grad_out, Tensor x, {_SETTINGS}, Tensor indices) -> Tensor",
-    tags=custom_op.TAGS,
-)
-
-
-@torch.library.impl("fastinception::max_pool2d", "default")
 def _max_pool2d(x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     return cast(tuple[Tensor, Tensor], torch.ops.aten.max_pool2d_with_indices(x, *settings))
 
 
-@torch.library.impl("fastinception::max_pool2d_backward", "default")
 def _max_pool2d_backward(grad_out: Tensor, x: Tensor, *args: Any) -> Tensor:
     return cast(Tensor, torch.ops.aten.max_pool2d_with_indices_backward(grad_out, x, *args))
 
@@ -128,6 +116,17 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor |
     return (grad, *(None,) * 5)
 
 
-torch.library.register_fake("fastinception::max_pool2d", _max_pool2d)
-torch.library.register_fake("fastinception::max_pool2d_backward", _max_pool2d_backward)
-torch.library.register_autograd("fastinception::max_pool2d", _differentiate, setup_context=_setup)
+custom_op.define(
+    "max_pool2d_backward",
+    f"(Tensor grad_out, Tensor x, {_SETTINGS}, Tensor indices) -> Tensor",
+    _max_pool2d_backward,
+    _max_pool2d_backward,
+)
+custom_op.define(
+    "max_pool2d",
+    f"(Tensor x, {_SETTINGS}) -> (Tensor out, Tensor indices)",
+    _max_pool2d,
+    _max_pool2d,
+    _differentiate,
+    _setup,
+)

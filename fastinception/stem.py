@@ -202,20 +202,6 @@ def _strided(side: int, stride: int) -> int:
     return (side + stride - 1) // stride
 
 
-torch.library.define(
-    "fastinception::conv_pool_relu",
-    "(Tensor x, Tensor weight, Tensor bias, int stride, bool save, MemoryFormat format) "
-    "-> (Tensor out, Tensor indices)",
-    tags=custom_op.TAGS,
-)
-torch.library.define(
-    "fastinception::conv_pool_relu_backward",
-    "(Tensor grad_out, Tensor x, Tensor weight, Tensor out, Tensor indices, int stride, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor)",
-    tags=custom_op.TAGS,
-)
-
-
 def _pooled_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int, int, int]:
     height, width = _conv_size(x, stride)
     return x.shape[0], weight.shape[0], _strided(height, 2), _strided(width, 2)
@@ -239,7 +225,6 @@ def _parts(x: Tensor, weight: Tensor, stride: int) -> list[slice]:
     return [slice(first, first + images) for first in range(0, len(x), images)]
 
 
-@torch.library.impl("fastinception::conv_pool_relu", "default")
 def _conv_pool_relu(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, save: bool, format: torch.memory_format
 ) -> tuple[Tensor, Tensor]:
@@ -278,7 +263,6 @@ def _is_blocked(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     return bool(largest * weight.abs().sum((1, 2, 3)).max() + bias.abs().max() < _FINITE)  # not where it is NaN
 
 
-@torch.library.impl("fastinception::conv_pool_relu_backward", "default")
 def _conv_pool_relu_backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, out: Tensor, indices: Tensor, stride: int, needs: list[bool]
 ) -> tuple[Tensor, ...]:
@@ -359,12 +343,21 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
     return custom_op.differentiate_twice(ctx, grads, lambda *args: _differentiable(args[:-1], args[-1], ctx.stride))
 
 
-torch.library.register_fake("fastinception::conv_pool_relu", _empty_outputs)
-torch.library.register_fake(
-    "fastinception::conv_pool_relu_backward",
+custom_op.define(
+    "conv_pool_relu_backward",
+    "(Tensor grad_out, Tensor x, Tensor weight, Tensor out, Tensor indices, int stride, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor)",
+    _conv_pool_relu_backward,
     lambda grad_out, x, weight, out, indices, stride, needs: custom_op.empty_gradients(inputs(x, weight), needs),
+    _differentiate_backward,
+    _setup_backward,
 )
-torch.library.register_autograd("fastinception::conv_pool_relu", _differentiate, setup_context=_setup)
-torch.library.register_autograd(
-    "fastinception::conv_pool_relu_backward", _differentiate_backward, setup_context=_setup_backward
+custom_op.define(
+    "conv_pool_relu",
+    "(Tensor x, Tensor weight, Tensor bias, int stride, bool save, MemoryFormat format) "
+    "-> (Tensor out, Tensor indices)",
+    _conv_pool_relu,
+    _empty_outputs,
+    _differentiate,
+    _setup,
 )

@@ -75,13 +75,6 @@ def test_no_activation_compiles_as_one_graph(backend):
     torch.testing.assert_close(compiled(x), without_relu(net, x))
 
 
-@needs_triton
-def test_what_has_no_backward_is_not_saved_for_one():
-    net, x = block(torch.channels_last)
-    with pytest.raises(ValueError, match="save=False was expected"):
-        torch.ops.fastinception.triton_forward(x, *net.parameters(), True, False)
-
-
 @BACKENDS
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])

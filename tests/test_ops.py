@@ -27,7 +27,6 @@ WIDTHS = (5, 3, (4, 6), (2, 3), 2)
 NAMES = ("x", *(f"{conv}.{kind}" for conv in ops._NAMES for kind in ("weight", "bias")))
 FORWARD = {backend: getattr(torch.ops.fastinception, f"{backend}_forward") for backend in ("aten", "triton")}
 BACKWARD = {backend: getattr(torch.ops.fastinception, f"{backend}_backward") for backend in ("aten", "triton")}
-SAVE = {"aten": (), "triton": (True,)}  # the argument that tells Triton's forward to keep what the backward needs
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.*")
 
@@ -102,12 +101,14 @@ def assert_same(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None], 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("grad", [True, False])
 def test_opcheck_forward(backend, format, grad):
-    torch.library.opcheck(FORWARD[backend], (*block(format=format, grad=grad), *SAVE[backend]))
+    torch.library.opcheck(FORWARD[backend], block(format=format, grad=grad))
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot run here")
-def test_opcheck_forward_that_saves_nothing():
-    torch.library.opcheck(FORWARD["triton"], (*block(grad=False), False))
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("relu", [True, False])
+def test_opcheck_inference(format, relu):
+    torch.library.opcheck(torch.ops.fastinception.triton_inference, (*block(format=format, grad=False), relu))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -116,7 +117,7 @@ def test_opcheck_forward_that_saves_nothing():
 def test_opcheck_backward(backend, format, needs):
     # Without requires_grad: torch 2.11's own _convolution_double_backward cannot trace symbolic shapes.
     tensors = block(format=format, grad=False)
-    y, *saved = FORWARD[backend](*tensors, *SAVE[backend])
+    y, *saved = FORWARD[backend](*tensors)
     torch.library.opcheck(BACKWARD[backend], (randn_like(y), *tensors, *saved, needs))
 
 
@@ -183,13 +184,13 @@ def awkward() -> Iterator[object]:
 def test_strides_are_the_fakes_and_values_are_right(backend, kwargs, change):
     tensors = block(**kwargs, grad=False)
     change(tensors)
-    real = FORWARD[backend](*tensors, *SAVE[backend])
+    real = FORWARD[backend](*tensors)
     y, *saved = real
     grad_out = randn_like(y)
     real_grads = BACKWARD[backend](grad_out, *tensors, *saved, [True] * 13)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in (*tensors, grad_out)]
-        fake = FORWARD[backend](*fakes[:13], *SAVE[backend])
+        fake = FORWARD[backend](*fakes[:13])
         fake_grads = BACKWARD[backend](fakes[13], *fakes[:13], *fake[1:], [True] * 13)
     for a, b in zip((*real, *real_grads), (*fake, *fake_grads), strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
@@ -606,9 +607,9 @@ def test_lazily_negated_tensors(backend):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton cannot run here")
-def test_a_forward_that_saved_nothing_has_no_backward():
-    y, *_ = FORWARD["triton"](*block(), False)
-    with pytest.raises(RuntimeError, match="save must be True"):
+def test_what_keeps_nothing_has_no_backward():
+    y = torch.ops.fastinception.triton_inference(*block(), True)
+    with pytest.raises(RuntimeError, match="triton_forward was expected"):
         y.sum().backward()
 
 

@@ -271,7 +271,7 @@ def test_what_watches_a_call_meets_it_after_a_known_one(planned, train):
     assert torch.equal(inception(x, without_bias, backend="triton")[:, 5:], run(x)[:, 5:])
     with Operators() as operators:
         torch.testing.assert_close(run(x), expected)
-    assert "fastinception.triton_forward.default" in operators.names
+    assert f"fastinception._triton_{'forward' if train else 'inference'}.default" in operators.names
     relus = [bool(inception(x, params, backend="triton", activation=a).min() >= 0) for a in 2 * ("relu", "none")]
     assert relus == [True, False, True, False]
 
@@ -478,13 +478,13 @@ def test_a_second_derivative_after_a_known_first(planned):
 def test_the_operators_are_replayed_too(planned, monkeypatch):
     net, x = planned
     forward, backward = torch.ops.fastinception.triton_forward, torch.ops.fastinception.triton_backward
+    inference = torch.ops.fastinception.triton_inference
     params, needs = [p.detach() for p in params_of(net)], [True] * 13
 
     def run(x: Tensor) -> list[Tensor]:
-        alone, *kept = forward(x, *params, False)
-        assert [t.numel() > 0 for t in kept] == [True, True, False, False, False]
-        out, *saved = forward(x, *params, True)
-        return [alone, out, *backward(torch.ones_like(out), x, *params, *saved, needs)]
+        alone = [inference(x, *params, relu) for relu in (True, False)]
+        out, *saved = forward(x, *params)
+        return [*alone, out, *backward(torch.ones_like(out), x, *params, *saved, needs)]
 
     x = x.detach()
     planned, expected = run(x), run(-x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -16,8 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastinception import Conv2d, FastInception, GoogLeNet, MaxPool2d, backends, conv_backward, stem
 from fastinception.stem import Stage
+from tests import profiled
 
 CL = torch.channels_last
+operators = functools.partial(profiled.operators, prefix="conv_pool_relu")
 FORMATS = torch.contiguous_format, CL
 BATCH, IMAGES = 13, 4  # of which one part is
 
@@ -53,13 +56,6 @@ def layers(own: Stage) -> nn.Sequential:
     return nn.Sequential(*own)
 
 
-def operators(run) -> set[str]:
-    """Return the names of the stem's operators that run."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
-        run()
-    return {event.name for event in profile.events() if event.name.startswith("fastinception::conv_pool_relu")}
-
-
 def results(run, x: Tensor, params) -> list[Tensor]:
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     y = run(x)
@@ -78,7 +74,7 @@ def test_inference_is_that_of_the_layers(which, format, blocked, mode, monkeypat
         own, x = stage(which, monkeypatch, channels, height, width)
         own, x = own.to(memory_format=format), x.contiguous(memory_format=format)
         with mode():
-            assert operators(lambda own=own, x=x: own(x)) == {"fastinception::conv_pool_relu"}
+            assert operators(lambda own=own, x=x: own(x)) == {"conv_pool_relu"}
             found, expected = own(x), layers(own)(x)
         assert torch.equal(found, expected)
         assert found[0, 0].numel() == 1 or found.stride() == expected.stride()  # one pixel has any
@@ -522,7 +518,7 @@ def test_compiled_inference_of_one_size_has_few_parts(dynamic, blocked, monkeypa
         assert torch.equal(run(x[:11]), layers(own)(x[:11]))
         assert len(graphs) == (1 if dynamic else 2)
         run = torch.compile(own, fullgraph=True, dynamic=False, backend="aot_eager")
-        assert operators(lambda: run(x[:5])) == ({"fastinception::conv_pool_relu"} if blocked else set())
+        assert operators(lambda: run(x[:5])) == ({"conv_pool_relu"} if blocked else set())
         monkeypatch.setattr(stem, "_KEPT", 64 * 13 * 11 * 4)
         for images, parts in ((8, True), (9, False)):  # a graph of any number of parts would take long to compile
             run = torch.compile(own, fullgraph=True, dynamic=False, backend="aot_eager")
