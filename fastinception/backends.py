@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn import Parameter
@@ -180,6 +180,17 @@ def _has_pixels(x: Tensor, least: int) -> bool:
     if least == 0 or x.dim() != 4 or traced():
         return True
     return holds(x.shape[0] * x.shape[2] * x.shape[3] >= least)
+
+
+def watch_methods(modules: Iterable[nn.Module | None]) -> None:
+    """Have a graph compiled anew once a method that serves in these modules is replaced on one of them.
+
+    Dynamo guards what an attribute is, but not that a name is absent from a module's dict.
+    """
+    if torch.compiler.is_compiling():
+        for module in modules:
+            for name in ("forward", "_conv_forward"):
+                getattr(module, name, None)
 
 
 def holds(what: bool) -> bool:

@@ -52,6 +52,7 @@ class Conv2d(nn.Conv2d):
         return cast(Tensor, self._conv_forward(x, weight, bias))
 
     def _has_a_faster_gradient(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        backends.watch_methods((self,))
         return (
             conv_backward.COLUMNS_PAY
             and backends.special_state() is None  # first: a trace would keep, and compare, what is asked of shapes

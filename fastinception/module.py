@@ -164,6 +164,7 @@ def _edited(block: Inception) -> str | None:
     if hooked_globally():
         return "a global module hook is registered"
     children = block._modules
+    backends.watch_methods(children.values())
     for name, settings in _CONVS.items():
         conv: Any = children.get(name)
         if type(conv) not in _CONV_CLASSES:  # a subclass, a parametrization and a wrapper all change the class

@@ -279,6 +279,14 @@ def test_everything_else_is_torchs(monkeypatch):
     assert not operators(lambda: conv(x))
 
 
+def test_a_patch_behind_the_first_compiled_call_counts():
+    conv, x = pair()[0], image()
+    run = torch.compile(conv, backend="eager")
+    unpatched, original = run(x), conv._conv_forward
+    conv._conv_forward = lambda *args: 2 * original(*args)
+    assert torch.equal(run(x), 2 * unpatched)
+
+
 def test_a_replaced_weight_is_padded_as_by_torch():
     own, theirs = pair()
     for side in (1, 5):

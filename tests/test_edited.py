@@ -185,6 +185,20 @@ def test_edited_child_takes_the_plain_path(backend, edit):
         assert out.shape != unedited.shape or not torch.allclose(out, unedited)
 
 
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the old weight_norm says that it is old
+def test_an_edit_behind_the_first_compiled_call_counts(edit):
+    torch.compiler.reset()
+    _, fast, x = pair()
+    run = torch.compile(fast.eval(), backend="eager")  # eval: some of the edits draw random numbers
+    # By default PyTorch takes hooks for fixed.
+    with torch.no_grad(), torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        run(x)
+        EDITS[edit][0](fast)
+        fast.eval()
+        torch.testing.assert_close(run(x), fast(x))
+
+
 def undo_forward(block):
     del block.p4_2.forward
 

@@ -628,6 +628,15 @@ def test_hooks_see_the_whole_batch(place, monkeypatch):
     assert seen == [BATCH] * 3
 
 
+@pytest.mark.parametrize(("place", "method"), [(0, "forward"), (0, "_conv_forward"), (1, "forward"), (2, "forward")])
+def test_a_patch_behind_the_first_compiled_call_counts(place, method, monkeypatch):
+    own, x = stage(0, monkeypatch)
+    run = torch.compile(own, backend="eager")
+    unpatched, original = run(x), getattr(own[place], method)
+    setattr(own[place], method, lambda *args: 2 * original(*args))
+    assert torch.equal(run(x), 2 * unpatched)
+
+
 def test_layers_in_front_are_called_and_their_hooks_run(monkeypatch):
     own, x = stage(1, monkeypatch)
     seen: list[int] = []
