@@ -14,6 +14,7 @@ from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from fastinception import custom_op
 from fastinception.kernels import target
 
 PLAIN = {Tensor, Parameter}  # a subclass may be anything
@@ -124,7 +125,7 @@ def by_triton(backend: str, x: Tensor, *params: Tensor) -> bool:
     operands = x, *params
     return (
         not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in operands))  # early: training asks, too
+        and not custom_op.is_recorded(operands)  # early: training asks, too
         and target.unsupported(x.device, x.dtype) is None
         and special_state() is None
         and torch._C._len_torch_dispatch_stack() == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -54,10 +54,14 @@ def _differentiable(name: str, backward: Callable[..., Any], setup_context: Call
     function: Any = type(f"fastinception_{name}_", (torch.autograd.Function,), methods)  # PyTorch appends Backward
 
     def call(*args: Any) -> Any:
-        recorded = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
-        return function.apply(*args) if recorded else below(*args)
+        return function.apply(*args) if is_recorded(t for t in args if isinstance(t, Tensor)) else below(*args)
 
     return call
+
+
+def is_recorded(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether autograd records what is computed of ``tensors``."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def memory_format(t: Tensor) -> torch.memory_format:

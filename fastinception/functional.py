@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fastinception import aten, backends, eager, ops
+from fastinception import aten, backends, custom_op, eager, ops
 from fastinception.backends import Path
 from fastinception.kernels import replay
 
@@ -96,7 +96,7 @@ def _seen_like(x: Tensor, backend: str, relu: bool, params: Sequence[Tensor]) ->
 def _choose(x: Tensor, params: Sequence[Tensor], backend: str, relu: bool) -> _Way:
     """Check the arguments and return how they are computed."""
     path = _select(x, params, backend).name
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *params))
+    needs_grad = custom_op.is_recorded((x, *params))
     if not relu and (path == "aten" or needs_grad):  # only Triton's forward comes without ReLU
         path = "plain"
     known = None
@@ -127,7 +127,7 @@ def _write(out: Tensor, x: Tensor, params: Sequence[Tensor], backend: str, relu:
     path = _select(x, params, backend).name
     if path == "plain" or (path == "aten" and not relu):
         return copy_into(out, aten.compose(x, params, relu), (x, *params))
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *params))
+    needs_grad = custom_op.is_recorded((x, *params))
     _check_out(out, ops.output_shape(x, params), x, needs_grad)
     version = None if torch.compiler.is_compiling() or out.is_inference() else out._version
     torch.ops.fastinception.inception_out(x, *params, path, out, relu)

@@ -71,7 +71,7 @@ def _in_parts(x: Tensor, conv: Conv2d, pool: MaxPool2d, relu: nn.ReLU) -> Tensor
     """Return what the three layers do, in parts where these are faster: of a large batch, and in the blocked layout."""
     dtype, operands = _result_dtype(x), (x, conv.weight, cast(Tensor, conv.bias))
     exact = torch.float32 if backends.widened(dtype, x) else dtype
-    saves = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    saves = custom_op.is_recorded(operands)
     blocked = BLOCKED_PAYS and not saves and exact is torch.float32 and x.shape[1] <= _FEW_CHANNELS
     image = _image_bytes(x, conv.weight, conv.stride[0], exact)
     if not backends.holds(x.shape[0] * image > (0 if blocked else _KEPT)):
