@@ -52,12 +52,11 @@ class Conv2d(nn.Conv2d):
         return cast(Tensor, self._conv_forward(x, weight, bias))
 
     def _has_a_faster_gradient(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-        backends.watch_methods((self,))
         return (
             conv_backward.COLUMNS_PAY
             and backends.special_state() is None  # first: a trace would keep, and compare, what is asked of shapes
             and type(self) is Conv2d  # another class may convolve by its own _conv_forward, and so may one module
-            and "_conv_forward" not in self.__dict__
+            and "_conv_forward" not in backends.attributes()(self)
             and torch.is_grad_enabled()
             and weight.requires_grad
             and all(type(t) in backends.PLAIN for t in (x, weight, bias) if t is not None)

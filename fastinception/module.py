@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -163,13 +164,12 @@ def _edited(block: Inception) -> str | None:
     """Say what makes ``block`` compute something else than its twelve parameters say, or None."""
     if hooked_globally():
         return "a global module hook is registered"
-    children = block._modules
-    backends.watch_methods(children.values())
+    children, attributes = block._modules, backends.attributes()
     for name, settings in _CONVS.items():
         conv: Any = children.get(name)
         if type(conv) not in _CONV_CLASSES:  # a subclass, a parametrization and a wrapper all change the class
             return f"{name} is a {_name(type(conv))}"
-        own = conv.__dict__  # a look-up here takes half of an attribute's
+        own = attributes(conv)
         params = own["_parameters"]
         bias = params["bias"] if "bias" in params else conv.bias  # noqa: SIM401, the second takes ten times as long
         if bias is None:
@@ -177,7 +177,7 @@ def _edited(block: Inception) -> str | None:
         found = own["kernel_size"], own["padding"], own["stride"], own["dilation"], own["groups"], own["padding_mode"]
         if found != settings:
             return f"{name} was reconfigured: {_settings(conv, 'padding_mode', 'groups')}"
-        if (reason := wrapped(conv)) is not None:
+        if (reason := wrapped(own)) is not None:
             return f"{name} {reason}"
     pool: Any = children.get("p4_1")
     if type(pool) not in _POOL_CLASSES:
@@ -191,7 +191,7 @@ def _edited(block: Inception) -> str | None:
         or pool.ceil_mode
     ):
         return f"p4_1 was reconfigured: {_settings(pool, 'ceil_mode', 'return_indices')}"
-    if (reason := wrapped(pool)) is not None:
+    if (reason := wrapped(attributes(pool))) is not None:
         return f"p4_1 {reason}"
     return None
 
@@ -215,9 +215,8 @@ def hooked_globally() -> bool:
     )
 
 
-def wrapped(child: nn.Module) -> str | None:
-    """Say what of ``child`` runs beside its class's forward, or None."""
-    own = child.__dict__
+def wrapped(own: Mapping[str, Any]) -> str | None:
+    """Say what runs beside its class's forward of a layer with these attributes, or None."""
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return "has hooks"
     if "forward" in own or "_conv_forward" in own:

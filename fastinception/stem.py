@@ -130,8 +130,7 @@ def _is_launched(backend: str, x: Tensor, conv: Conv2d, *others: nn.Module) -> b
 
 def _is_watched(*layers: nn.Module) -> bool:
     """Tell whether a hook may want what goes into one of the layers, or comes out of it."""
-    backends.watch_methods(layers)
-    return any(map(wrapped, layers)) or hooked_globally()
+    return any(map(wrapped, map(backends.attributes(), layers))) or hooked_globally()
 
 
 def _is_simple(x: Tensor, conv: Conv2d) -> bool:
