@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,7 +11,15 @@ import torch
 from torch import Tensor
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_LIBRARY = torch.library.Library("fastinception", "FRAGMENT")  # what it registers lives as long
+# What it registers lives as long as it, past a reload of this module.
+_LIBRARY = globals().get("_LIBRARY") or torch.library.Library("fastinception", "FRAGMENT")
+_KEYS = torch._C.DispatchKey
+# The dispatcher's keys but those of a call of plain tensors that nothing watches, neither mode nor transform nor trace.
+_WATCHED = ~functools.reduce(
+    operator.or_,
+    [torch._C.DispatchKeySet(key).raw_repr() for key in (_KEYS.CPU, _KEYS.CUDA, _KEYS.AutogradCPU, _KEYS.AutogradCUDA)],
+    torch._C.DispatchKeySet(_KEYS.ADInplaceOrView).raw_repr() | torch._C.DispatchKeySet(_KEYS.BackendSelect).raw_repr(),
+)
 
 
 def define(
@@ -20,10 +30,10 @@ def define(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> None:
-    """Define ``torch.ops.fastinception.<name>``; with a derivative also ``_<name>``, the same without one.
+    """Define ``torch.ops.fastinception.<name>``.
 
-    The first calls the second, which is what a compiled graph holds. By ``torch.library.register_autograd`` it would
-    hold the first, where at each call Python looks for 5 to 10 us whether a gradient is recorded, and none ever is.
+    By ``torch.library.register_autograd`` each call of a compiled graph, which records no gradient, would go through
+    Python and the dispatcher once more, which takes the host 5 to 10 us.
 
     Args:
         name: the operator's.
@@ -33,17 +43,24 @@ def define(
         backward, setup_context: its derivative, as ``torch.library.register_autograd`` takes them; what ``backward``
             returns for arguments beyond those that were passed must be None.
     """
-    for own in (name,) if backward is None else (name, f"_{name}"):
-        torch.library.define(f"fastinception::{own}", schema, tags=_TAGS)
-        torch.library.impl(f"fastinception::{own}", "default")(run)
-        torch.library.register_fake(f"fastinception::{own}", fake)
+    qualified = f"fastinception::{name}"
+    torch.library.define(qualified, schema, tags=_TAGS)
+    torch.library.impl(qualified, "default")(run)
+    torch.library.register_fake(qualified, fake)
     if backward is not None and setup_context is not None:
-        _LIBRARY.impl(name, _differentiable(name, backward, setup_context), "Autograd")
+        call = _differentiable(name, run, backward, setup_context)
+        _LIBRARY.impl(name, call, "Autograd", with_keyset=True)
 
 
-def _differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
-    """Return what calls the operator below autograd, and records its derivative where one is wanted."""
-    below = getattr(torch.ops.fastinception, f"_{name}").default
+def _differentiable(
+    name: str, run: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> Callable[..., Any]:
+    """Return what records an operator's derivative where one is wanted, and else only calls it."""
+    overload = getattr(torch.ops.fastinception, name).default
+
+    def below(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
 
     def forward(ctx: Any, *args: Any) -> Any:
         results = below(*args)
@@ -53,8 +70,10 @@ def _differentiable(name: str, backward: Callable[..., Any], setup_context: Call
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(f"fastinception_{name}_", (torch.autograd.Function,), methods)  # PyTorch appends Backward
 
-    def call(*args: Any) -> Any:
-        return function.apply(*args) if is_recorded(t for t in args if isinstance(t, Tensor)) else below(*args)
+    def call(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if is_recorded(t for t in args if isinstance(t, Tensor)):
+            return function.apply(*args)
+        return below(*args) if keys.raw_repr() & _WATCHED else run(*args)
 
     return call
 

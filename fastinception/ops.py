@@ -81,7 +81,8 @@ def _empty_triton_outputs(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
 
 def aten_forward(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
     out = empty_output(x, params)
-    saved = aten.forward_saving(x, params, out)
+    with torch.autocast(x.device.type, enabled=False):  # it would narrow what is saved, and not the output
+        saved = aten.forward_saving(x, params, out)
     return out, *(custom_op.as_promised(tensor, _channels_last_strides(tensor.shape)) for tensor in saved)
 
 

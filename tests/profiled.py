@@ -11,9 +11,8 @@ OWN = "fastinception::"
 
 
 def operators(run: Callable[[], Any], prefix: str = "") -> set[str]:
-    """Return the names of our operators that ``run`` calls: ``conv2d`` for ``fastinception::conv2d`` and for that
-    below autograd, ``fastinception::_conv2d``."""
+    """Return the names of our operators that ``run`` calls, without ``fastinception::``."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         run()
-    names = {event.name.removeprefix(OWN).lstrip("_") for event in profile.events() if event.name.startswith(OWN)}
+    names = {event.name.removeprefix(OWN) for event in profile.events() if event.name.startswith(OWN)}
     return {name for name in names if name.startswith(prefix)}

@@ -10,9 +10,7 @@ import pytest
 import torch
 import torch._dynamo.compiled_autograd
 import torch._inductor.config
-from functorch.compile import make_boxed_func
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastinception import FastInception, GoogLeNet, Inception, aten
@@ -92,24 +90,6 @@ def test_training_step(backend, format):
     assert eager[1].is_contiguous(memory_format=format)
     for a, b in zip(eager, plain_step(block, x), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_graphs_hold_the_operators_below_autograd(backend):
-    """At each call of one that has a derivative, the host would look in Python whether that is wanted."""
-    block, x = make(backend), image()
-    found = []
-
-    def compile(graph: torch.fx.GraphModule, _: object) -> object:
-        found.append([str(n.target) for n in graph.graph.nodes if str(n.target).startswith("fastinception")])
-        return make_boxed_func(graph.forward)
-
-    compiled = torch.compile(block, backend=aot_autograd(fw_compiler=compile), fullgraph=True)
-    assert_same(step(compiled, block, x), step(block, block, x))
-    with torch.no_grad():
-        compiled(x.detach())
-    training = [[f"fastinception._{backend}_{name}.default"] for name in ("forward", "backward")]
-    assert found == [*training, ["fastinception._triton_inference.default"] if backend == "triton" else []]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -900,7 +900,7 @@ def test_two_launches_and_no_other_work(monkeypatch, grad, weight_format, engine
     compute = [name for name in operators.names if name not in views | allocations]
     copies = ["aten::copy_"] * (2 if weight_format is torch.contiguous_format else 0)  # of the spatial weights
     # With the library nothing else but the two convolutions.
-    own = "fastinception::_triton_forward" if grad else "fastinception::_triton_inference"  # below autograd
+    own = "fastinception::triton_forward" if grad else "fastinception::triton_inference"
     assert compute == [own, *copies, *(["aten::conv2d"] * 2 if engine else [])]
     if not engine:
         assert sum(name in allocations for name in operators.names) <= 7 + len(copies)

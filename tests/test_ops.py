@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import itertools
 import random
 import warnings
@@ -12,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastinception import custom_op, eager, ops
@@ -127,6 +131,25 @@ def test_opcheck_out(backend, format):
     tensors = block(format=format, grad=False)
     out = torch.empty_like(plain(*tensors))
     torch.library.opcheck(torch.ops.fastinception.inception_out, (*tensors, backend, out))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_records_no_gradient_is_dispatched_once(backend, grad):
+    tensors = block()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.set_grad_enabled(grad), torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        FORWARD[backend](*tensors)
+    names = [event.name for event in profile.events()]
+    assert names.count(f"fastinception::{backend}_forward") == (2 if grad else 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_reload_keeps_the_derivatives(backend):
+    importlib.reload(custom_op)
+    gc.collect()
+    y, *_ = FORWARD[backend](*block())
+    assert y.requires_grad
 
 
 # Strides of the fake and of the real results
@@ -251,6 +274,18 @@ def test_only_what_needs_a_gradient_gets_one(backend):
                 assert_same([tensor.grad], [everything[i]])
             else:
                 assert tensor.grad is None, (NAMES[i], subset)
+
+
+class Named(TorchDispatchMode):
+    """List the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 class Opened(TorchDispatchMode):
@@ -463,6 +498,43 @@ def test_functorch_and_forward_mode(backend):
     assert_same(*both)
 
 
+def below_a_convolution(f: Callable[..., Tensor], x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Return a network whose gradient goes on past the block, and has a path beside it."""
+    own, *params = tensors
+    hidden = torch.nn.functional.conv2d(x, own.new_ones(own.shape[1], 1, 1, 1))
+    return x.sin() + f(hidden, *params).square().mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("second", [False, True])
+def test_a_graph_of_make_fx_has_the_gradients(backend, second):
+    """The operators in it keep their derivatives, of the backward's, too."""
+    tensors = block()
+    x = randn_like(tensors[0][:, :1]).requires_grad_()
+
+    def run(f: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = below_a_convolution(f, x, tensors)
+        return torch.autograd.grad(y.sum(), x, create_graph=True)[0] if second else y
+
+    graph = make_fx(partial(run, fast(backend)))(x)
+    results = [run(plain, x), graph(x)]
+    assert_same([results[1]], [results[0]])
+    wanted = [x, *tensors[1:]]
+    assert_same(*(torch.autograd.grad(y.square().sum(), wanted, allow_unused=True) for y in results[::-1]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_selective_checkpoints_know_the_operator(backend):
+    tensors = block()
+    saved = partial(create_selective_checkpoint_contexts, [FORWARD[backend].default])
+    y = checkpoint(fast(backend), *tensors, use_reentrant=False, context_fn=saved)
+    with Named() as ran:
+        grads = torch.autograd.grad(y, tensors, randn_like(y))
+    assert ran.names.count(f"fastinception::{backend}_forward") == 0
+    assert ran.names.count(f"fastinception::{backend}_backward") == 1
+    assert_same(grads, gradients(plain, tensors))
+
+
 # In-place changes between forward and backward
 
 
@@ -621,6 +693,15 @@ def test_a_backward_inside_autocast_keeps_its_dtype(backend):
     with torch.autocast("cpu", torch.bfloat16):
         ours = torch.autograd.grad(y, tensors, randn_like(y))
     assert_same(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_operator_called_inside_autocast_keeps_its_dtype(backend):
+    tensors = block(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, *_ = FORWARD[backend](*tensors)
+    grads = torch.autograd.grad(y, tensors, randn_like(y))
+    assert_same([y, *grads], [plain(*tensors), *gradients(plain, tensors)], rtol=1e-4, atol=1e-4)
 
 
 def test_only_triton_comes_without_relu():

@@ -271,7 +271,7 @@ def test_what_watches_a_call_meets_it_after_a_known_one(planned, train):
     assert torch.equal(inception(x, without_bias, backend="triton")[:, 5:], run(x)[:, 5:])
     with Operators() as operators:
         torch.testing.assert_close(run(x), expected)
-    assert f"fastinception._triton_{'forward' if train else 'inference'}.default" in operators.names
+    assert f"fastinception.triton_{'forward' if train else 'inference'}.default" in operators.names
     relus = [bool(inception(x, params, backend="triton", activation=a).min() >= 0) for a in 2 * ("relu", "none")]
     assert relus == [True, False, True, False]
 
