@@ -33,6 +33,7 @@ class Variant:
     block: str
     layout: str = "channels_last"
     compile_options: Mapping[str, Any] | None = None
+    freezing: bool = False
     cuda_graph: bool = False
     engine: str = ""
     detail: str = ""
@@ -90,9 +91,8 @@ def variants(mode: str, dtype: str, device: torch.device, compiles: bool, quick:
                 Variant("plain compiled", "plain", compile_options={"options": {remedy: True}}, detail=remedy)
             )
         chosen.append(Variant("FastInception compiled", "FastInception", compile_options={}))
-        if mode == "inference" and not cuda and not quick:  # weights become constants, in oneDNN's own layout
-            freezing = {"options": {"freezing": True}}
-            chosen += [Variant(f"{b} compiled, frozen", b, compile_options=freezing) for b in BLOCKS]
+        if mode == "inference" and not cuda and not quick:
+            chosen += [Variant(f"{b} compiled, frozen", b, compile_options={}, freezing=True) for b in BLOCKS]
         tunings = ("reduce-overhead",) if quick else ("reduce-overhead", "max-autotune")
         for tuning in tunings if cuda else ():
             chosen += [Variant(f"{b} {tuning}", b, compile_options={"mode": tuning}) for b in BLOCKS]
@@ -173,6 +173,7 @@ class Comparison:
             dtype=dtype,
             layout=variant.layout,
             compile_options=variant.compile_options,
+            freezing=variant.freezing,
             cuda_graph=variant.cuda_graph,
         )
 

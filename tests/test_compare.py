@@ -19,6 +19,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -545,6 +546,26 @@ def test_a_cpu_run_has_frozen_graphs_and_the_engines_that_are_there(monkeypatch:
         assert ("OpenVINO" in names) == (dtype == "bf16")
     training = [v.name for v in comparison.variants("training", "bf16", torch.device("cpu"), True, False)]
     assert not any("frozen" in name or name == "OpenVINO" for name in training)
+
+
+def test_what_is_called_frozen_is() -> None:
+    cpu, display = torch.device("cpu"), report.Display(Console(quiet=True))
+    batch = harness.Batch(torch.rand(2, 1, 32, 32), torch.arange(2), "random")
+    compared = comparison.Comparison([], batch, cpu, True, False, display)
+    for variant in comparison.variants("inference", "fp32", cpu, True, False):
+        if not variant.engine:
+            runner = compared._runner(variant, _tiny_net(), "inference", "fp32")
+            assert runner.freezing is variant.name.endswith("frozen")
+
+
+@pytest.mark.parametrize("freezing", [False, True])
+def test_a_frozen_graph_keeps_its_weights(freezing: bool) -> None:
+    torch.compiler.reset()
+    runner = _tiny_runner("inference", "fp32", compile_options={}, freezing=freezing)
+    before = runner.evaluate().clone()
+    with torch.inference_mode():
+        runner.net[0].weight.zero_()  # the graph has its own, in oneDNN's layout
+    assert torch.equal(runner.evaluate(), before) is freezing
 
 
 @pytest.mark.parametrize("name", list(comparison.engines.ENGINES))
