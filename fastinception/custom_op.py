@@ -13,13 +13,10 @@ from torch import Tensor
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 # What it registers lives as long as it, past a reload of this module.
 _LIBRARY = globals().get("_LIBRARY") or torch.library.Library("fastinception", "FRAGMENT")
-_KEYS = torch._C.DispatchKey
-# The dispatcher's keys but those of a call of plain tensors that nothing watches, neither mode nor transform nor trace.
-_WATCHED = ~functools.reduce(
-    operator.or_,
-    [torch._C.DispatchKeySet(key).raw_repr() for key in (_KEYS.CPU, _KEYS.CUDA, _KEYS.AutogradCPU, _KEYS.AutogradCUDA)],
-    torch._C.DispatchKeySet(_KEYS.ADInplaceOrView).raw_repr() | torch._C.DispatchKeySet(_KEYS.BackendSelect).raw_repr(),
-)
+# The dispatcher's keys of a call of plain tensors that nothing watches, neither mode nor transform nor trace.
+_UNWATCHED = ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "BackendSelect")
+_KEYS = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr() for name in _UNWATCHED]
+_WATCHED = ~functools.reduce(operator.or_, _KEYS)  # all others
 
 
 def define(
