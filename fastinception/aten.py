@@ -15,17 +15,17 @@ from fastinception.conv_backward import conv_backward
 # p1_1, p2_1, p2_2, p3_1, p3_2, p4_2, a weight and a bias of each.
 
 
-def compose(x: Tensor, params: Sequence[Tensor], relu: bool = True) -> Tensor:
+def compose(x: Tensor, params: Sequence[Tensor], relu: bool = True, pooled: Tensor | None = None) -> Tensor:
     """Return the block of ``x`` from differentiable operators without side effects: for any PyTorch transform.
 
-    Without ``relu`` there is none behind any convolution.
+    Without ``relu`` there is none behind any convolution. ``pooled`` stands for ``max_pool2d(x, 3, 1, 1)``.
     """
     w1, b1, w21, b21, w22, b22, w31, b31, w32, b32, w42, b42 = params
     activation = torch.relu if relu else (lambda y: y)  # F.relu and F.max_pool2d are Python around these
     p1 = activation(F.conv2d(x, w1, b1))
     p2 = activation(F.conv2d(activation(F.conv2d(x, w21, b21)), w22, b22, padding=1))
     p3 = activation(F.conv2d(activation(F.conv2d(x, w31, b31)), w32, b32, padding=2))
-    p4 = activation(F.conv2d(torch.max_pool2d(x, 3, 1, 1), w42, b42))
+    p4 = activation(F.conv2d(torch.max_pool2d(x, 3, 1, 1) if pooled is None else pooled, w42, b42))
     return torch.cat((p1, p2, p3, p4), dim=1)
 
 
@@ -36,15 +36,10 @@ def compose_for_inductor(x: Tensor, params: Sequence[Tensor]) -> Tensor:
     concatenation anyway; what it does not do by itself is split the pool, nine maxima an element, into two times two.
     Not to be differentiated: where values tie, a maximum of two halves the gradient, and a pool does not.
     """
-    w1, b1, w21, b21, w22, b22, w31, b31, w32, b32, w42, b42 = params
-    p1 = F.relu(F.conv2d(x, w1, b1))
-    p2 = F.relu(F.conv2d(F.relu(F.conv2d(x, w21, b21)), w22, b22, padding=1))
-    p3 = F.relu(F.conv2d(F.relu(F.conv2d(x, w31, b31)), w32, b32, padding=2))
     padded = F.pad(x, (1, 1, 1, 1), value=float("-inf"))
     rows = torch.maximum(torch.maximum(padded[..., :-2], padded[..., 1:-1]), padded[..., 2:])
     pooled = torch.maximum(torch.maximum(rows[:, :, :-2], rows[:, :, 1:-1]), rows[:, :, 2:])
-    p4 = F.relu(F.conv2d(pooled, w42, b42))
-    return torch.cat((p1, p2, p3, p4), dim=1)
+    return compose(x, params, pooled=pooled)
 
 
 def forward(x: Tensor, params: Sequence[Tensor], out: Tensor) -> None:

@@ -148,6 +148,16 @@ def only_dispatched(t: Tensor) -> bool:
     return bool(torch._C._functorch.is_legacy_batchedtensor(t) or t.is_neg() or t._is_zerotensor())
 
 
+def watched() -> bool:
+    """Tell whether a dispatch mode, a trace or a transform meets the operators: then the block has to be one."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 def are_countable(x: Tensor) -> bool:
     """Tell whether images have pixels, and as few as the kernels count."""
     return 0 < x.shape[0] * x.shape[2] * x.shape[3] <= _MOST_PIXELS

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastinception import custom_op, eager, ops
+from fastinception import custom_op, ops
 from fastinception.functional import inception
 from fastinception.kernels import target
 
@@ -709,8 +709,6 @@ def test_only_triton_comes_without_relu():
     out = torch.empty_like(plain(*tensors))
     with pytest.raises(ValueError, match="only Triton"):
         torch.ops.fastinception.inception_out(*tensors, "aten", out, False)
-    with pytest.raises(ValueError, match="only Triton"):
-        eager.run("aten", tensors[0], tensors[1:], needs_grad=False, relu=False)
 
 
 def test_the_memory_format_is_the_one_that_pytorch_suggests():
