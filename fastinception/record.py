@@ -11,14 +11,12 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fastinception import checkpoint
-
-if TYPE_CHECKING:
-    from fastinception.trainer import Trainer
+from fastinception.trainer import Trainer
 
 _HERE = Path(__file__).resolve().parent
 CURVES_SECONDS = 60.0  # between two drawings: one takes as long as an epoch on a fast GPU

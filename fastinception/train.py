@@ -19,6 +19,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -338,7 +339,7 @@ def _train_in(
                 f"this CPU is slower in {config['amp']} than in fp32: fast blocks compute in fp32, plain ones do not"
             )
         try:
-            run.run(config["checkpoint_steps"], display)
+            run.run(config["checkpoint_steps"], partial(display.step, run), partial(display.epoch, run))
         except TrainingError:
             with contextlib.suppress(OSError):  # what is wrong with the training comes first
                 display.curves(run)

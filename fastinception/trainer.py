@@ -21,7 +21,6 @@ from fastinception import checkpoint
 from fastinception.data import FashionMNIST
 from fastinception.googlenet import GoogLeNet, xavier_uniform_
 from fastinception.module import FastInception
-from fastinception.record import Display
 from fastinception.reference import Inception
 
 BLOCKS = {"fast": FastInception, "plain": Inception}
@@ -200,8 +199,11 @@ class Trainer:
         if self.world.rank == 0:
             checkpoint.save(state, self.folder, rotate=rotate)
 
-    def run(self, every: int | None, display: Display) -> None:
+    def run(self, every: int | None, on_step: Callable[[float, float], None], on_epoch: Callable[[], None]) -> None:
         """Train until the last epoch is done; write a checkpoint after each, and after ``every`` steps.
+
+        ``on_step`` gets the epoch's sums over all processes, of losses and of correct answers; ``on_epoch`` is called
+        behind each epoch's checkpoint.
 
         Raises:
             Stopped: after a signal; the state is that of a finished step.
@@ -217,7 +219,7 @@ class Trainer:
                     self._look()
                     self.step_seconds += time.perf_counter() - start
                     self._tick()
-                    display.step(self, *self.world.total(self.sums).tolist())
+                    on_step(*self.world.total(self.sums).tolist())
                 if due:
                     self.save()
             self._check_weights()
@@ -237,7 +239,7 @@ class Trainer:
             self.history.append(row)
             self._start_epoch(self.epoch + 1)
             self.save()
-            display.epoch(self)
+            on_epoch()
 
     def _step(self) -> None:
         first = self.step * self.config["batch_size"]

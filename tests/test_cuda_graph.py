@@ -69,16 +69,6 @@ class Recorded(trainer.Graphed):
         type(self).replays += 1
 
 
-class Quiet:
-    """Stand in for the display."""
-
-    def step(self, *args: Any) -> None:
-        pass
-
-    def epoch(self, run: trainer.Trainer) -> None:
-        pass
-
-
 def split(count: int, seed: int) -> FashionMNIST:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (count, 1, 32, 32), generator=generator, dtype=torch.uint8)
@@ -108,7 +98,7 @@ def test_a_replayed_run_is_the_same_run(make, monkeypatch):
     monkeypatch.setattr(Recorded, "replays", 0)
     runs = [make(graphed=graphed) for graphed in (True, False)]
     for run in runs:
-        run.run(None, Quiet())
+        run.run(None, lambda *_: None, lambda: None)
     assert Recorded.replays == EPOCHS * (STEPS - 1) - Recorded.WARMUP
     replayed, launched = runs
     assert history(replayed) == history(launched)
@@ -138,7 +128,7 @@ def test_a_replayed_loss_that_is_not_finite_is_found_in_its_step(make, monkeypat
     monkeypatch.setattr(run, "_step", spoil)
     words = f"the training loss is not finite in epoch {1 + (at - 1) // STEPS}, step {1 + (at - 1) % STEPS} of {STEPS}"
     with pytest.raises(trainer.TrainingError, match=words):
-        run.run(None, Quiet())
+        run.run(None, lambda *_: None, lambda: None)
     assert len(steps) % STEPS == 0
 
 
@@ -157,7 +147,7 @@ def test_a_graph_on_the_gpu_is_the_same_run(make, amp, compiled):
     runs = [make(graphed=graphed, **options) for graphed in (True, False)]
     starts = [p.detach().clone() for p in runs[0].net.parameters()]
     for run in runs:
-        run.run(None, Quiet())
+        run.run(None, lambda *_: None, lambda: None)
     replayed, launched = runs
     assert replayed._graphed.graph is not None
     bound = 1e-3 if amp == "off" else 3e-2  # the library's convolutions add in another order at each call
