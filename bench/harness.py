@@ -19,10 +19,13 @@ from fastinception.trainer import Graphed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-# Height and width at the blocks of stages 3, 4 and 5, for images of 224 and of 96 pixels.
-SIDES = {224: {"3": 28, "4": 14, "5": 7}, 96: {"3": 12, "4": 6, "5": 3}}
 # Seconds: below this the clock and one device synchronisation would show in a sample.
 MIN_SAMPLE = 0.05
+
+
+def side_of(block: str, image_size: int) -> int:
+    """Return height and width of a block's input: each stride of 2 in front of it halves, upwards."""
+    return -(-image_size // {"3": 8, "4": 16, "5": 32}.get(block[0], 8))
 
 
 class Batch(NamedTuple):

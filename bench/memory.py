@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from bench.harness import SIDES, Runner
+from bench.harness import Runner, side_of
 from bench.host_cost import stubbed
 from fastinception import FastInception, GoogLeNet, Inception
 from fastinception.googlenet import WIDTHS
@@ -123,7 +123,7 @@ def print_saved_by_blocks() -> None:
     for dtype in (torch.float16, torch.float32):
         print(f"saved for the backward, {str(dtype)[6:]}, images of 96x96, batch 16")
         for name in WIDTHS:
-            plain, fast = saved_by_block(name, dtype, 16, SIDES[96][name[0]])
+            plain, fast = saved_by_block(name, dtype, 16, side_of(name, 96))
             print(f"  {name}  plain {plain / 1e6:6.2f} MB  FastInception {fast / 1e6:6.2f} MB  {fast / plain:.2f}x")
 
 

@@ -10,34 +10,39 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.gpu.timing import COLD_CALLS, EventTimer
-from bench.harness import DTYPES
+from bench.harness import DTYPES, side_of
 from fastinception.googlenet import Widths
 from fastinception.reference import Inception
 
 Run = Callable[[], Sequence[Tensor]]
-STRIDES = {"3": 8, "4": 16, "5": 32}  # of a block's pixels against the image's, by its stage
 
 
-class Unit(NamedTuple):
-    """What is tuned in one go: a block of the network at one batch and size, in one dtype."""
+class Shape(NamedTuple):
+    """A block of the network at one batch and image size, in one dtype."""
 
     block: str
     widths: Widths
     batch: int
     image_size: int
-    dtype: str
+    dtype: str = "bf16"
 
     def __str__(self) -> str:
-        return f"{self.block} at {self.batch}x{self.image_size} in {self.dtype}"
+        return f"{self.block} at {self.batch}x{self.image_size}x{self.image_size}"
+
+    @property
+    def side(self) -> int:
+        return side_of(self.block, self.image_size)
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.side**2
 
     def passes(self, device: torch.device) -> dict[str, Run]:
         """Return what is timed, by name, on channels_last operands."""
         torch.manual_seed(0)
         net = Inception(*self.widths).to(device, DTYPES[self.dtype]).to(memory_format=torch.channels_last)
         params = [p.detach() for p in net.parameters()]
-        side = self.image_size // STRIDES.get(self.block[0], 8)
-        shape = self.batch, self.widths.in_channels, side, side
+        shape = self.batch, self.widths.in_channels, self.side, self.side
         # Behind a ReLU, as in the network: half of it zeros, and ties in the pool.
         x = torch.randn(shape, device=device).relu().to(DTYPES[self.dtype], memory_format=torch.channels_last)
         forward, backward = torch.ops.fastinception.triton_forward, torch.ops.fastinception.triton_backward
@@ -50,27 +55,7 @@ class Unit(NamedTuple):
         }
 
 
-class Timer:
-    """Time single calls by events, each with nothing of its data in the L2 cache, in microseconds."""
-
-    unit = "us"
-
-    def __init__(self, device: torch.device) -> None:
-        self.events = EventTimer(device)
-
-    def __call__(self, run: Run) -> list[float]:
-        """Return the times of some calls."""
-        return [1e6 * seconds for seconds in self.events.cold(run, COLD_CALLS)]
-
-
-class DryTimer:
-    """Stand in for a Timer on a CPU: it says that every choice takes the same time."""
-
-    unit = "dry"
-
-    def __call__(self, run: Run) -> list[float]:
-        """Return a time that is none."""
-        return [1.0]
+TINY = Shape("tiny", Widths(16, 8, (8, 8), (8, 8), 8), 2, 32, "fp16")  # for Triton's interpreter
 
 
 @contextlib.contextmanager

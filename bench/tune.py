@@ -31,11 +31,12 @@ try:
     import torch
     from rich.console import Console
 
+    from bench.gpu.timing import COLD_CALLS, EventTimer
     from bench.harness import DTYPES, synchronize
     from bench.record import check_writable, conditions, write_json
     from bench.report import Display
-    from bench.trial import DryTimer, Run, Timer, Unit, disagreement, launched, poisoned
-    from fastinception.googlenet import WIDTHS, Widths
+    from bench.trial import TINY, Run, Shape, disagreement, launched, poisoned
+    from fastinception.googlenet import WIDTHS
     from fastinception.kernels import configs, target
     from fastinception.kernels.configs import Tiles
 except ModuleNotFoundError as missing:
@@ -58,6 +59,16 @@ SAME = ("device", "driver", "torch", "triton", "commit")
 
 Key = tuple[str, int, int, int, torch.dtype, target.Gpu]  # the arguments of configs.choose
 Choice = dict[Key, Tiles]
+
+
+class DryTimer:
+    """Stand in for an EventTimer on a CPU: it says that every choice takes the same time."""
+
+    unit = "dry"
+
+    def cold(self, run: Run, calls: int) -> list[float]:
+        """Return a time that is none."""
+        return [1e-6]
 
 
 class OutOfTime(Exception):
@@ -116,7 +127,7 @@ class Tuner:
     ) -> None:
         self.table = table
         self.path, self.progress, self.device, self.deadline, self.display = path, progress, device, deadline, display
-        self.timer = DryTimer() if device.type == "cpu" else Timer(device)
+        self.timer = DryTimer() if device.type == "cpu" else EventTimer(device)
         self.choice = {}
         self.asked: dict[Key, None] = {}
         self.expected: list[torch.Tensor] = []  # of the defaults
@@ -181,38 +192,39 @@ class Tuner:
         for _ in range(ROUNDS):
             for self.choice, times in ((base, base_times), (choice, own_times)):
                 run()  # plans its launches again, as the choice was changed
-                times += self.timer(run)
+                times += self.timer.cold(run, COLD_CALLS)
         median = {"": own_times, "default_": base_times}
-        return {f"{name}{self.timer.unit}": round(statistics.median(times), 3) for name, times in median.items()}
+        return {f"{name}{self.timer.unit}": round(1e6 * statistics.median(times), 3) for name, times in median.items()}
 
-    def tune(self, unit: Unit, most: int | None) -> list[dict[str, Any]]:
+    def tune(self, unit: Shape, most: int | None) -> list[dict[str, Any]]:
         """Return the entries of one block, recorded behind each pass; ``most`` bounds the candidates of a step."""
-        done, entries = self.progress["entries"], []
+        done, entries, unit_name = self.progress["entries"], [], f"{unit} in {unit.dtype}"
         for name, run in unit.passes(self.device).items():
-            if (found := done.get(f"{unit} {name}")) is not None:
+            if (found := done.get(f"{unit_name} {name}")) is not None:
                 entries += found
                 continue
             self.choice, self.asked = {}, {}
             with launched() as kernels:
                 self.expected = [tensor.clone() for tensor in run()]
             self.spilled = sum(kernel.n_spills for kernel in kernels)
-            best = {key: self._search(f"{unit} {name}", run, key, most) for key in list(self.asked)}
+            best = {key: self._search(f"{unit_name} {name}", run, key, most) for key in list(self.asked)}
             if changed := {key: tiles for key, tiles in best.items() if tiles != default(key)}:
-                ratio = self.compare(f"{unit} {name} together", run, changed, {})
-                self.display.say(f"{unit} {name}: {ratio:.3f} of the time that the defaults take")
+                ratio = self.compare(f"{unit_name} {name} together", run, changed, {})
+                self.display.say(f"{unit_name} {name}: {ratio:.3f} of the time that the defaults take")
                 if ratio > MARGIN:  # faster one by one, and not together
                     best = {key: default(key) for key in best}
             # One kernel after another profits, so it is on for all of them or for none.
             early = {key: replace(tiles, launch_pdl=True) for key, tiles in best.items()}
-            if any(key[5].runs_pdl for key in best) and self.compare(f"{unit} {name} early", run, early, best) < MARGIN:
+            early_runs = any(key[5].runs_pdl for key in best)
+            if early_runs and self.compare(f"{unit_name} {name} early", run, early, best) < MARGIN:
                 best = early
-            done[f"{unit} {name}"] = [
+            done[f"{unit_name} {name}"] = [
                 {"block": unit.block, "kernel": key[0], "dtype": str(key[4]).removeprefix("torch.")}
                 | dict(zip(("rows", "reduction", "columns"), key[1:4], strict=True))
                 | {"tiles": asdict(tiles)}
                 for key, tiles in best.items()
             ]
-            entries += done[f"{unit} {name}"]
+            entries += done[f"{unit_name} {name}"]
             write_json(self.progress, self.path)
             if self.table is not None:
                 all_entries = [entry for entries_of_pass in done.values() for entry in entries_of_pass]
@@ -326,13 +338,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     args = parse(argv)
     units = [
-        Unit(block, widths, batch, image_size, dtype)
+        Shape(block, widths, batch, image_size, dtype)
         for dtype in args.dtypes
         for batch, image_size in args.shapes
         for block, widths in WIDTHS.items()
     ]
     if args.dry_run:
-        units = [Unit("tiny", Widths(16, 8, (8, 8), (8, 8), 8), 2, 32, "fp16")]
+        units = [TINY]
     display = Display(Console())
     tuner = Tuner(args.path, args.progress, args.device, time.monotonic() + args.budget, display, args.output)
     left = len(units)
@@ -341,10 +353,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with display.live, mock.patch.object(configs, "choose", tuner.choose), torch.no_grad():
             for i, unit in enumerate(units):
-                display.stage(str(unit), i, len(units))
-                if str(unit) not in args.progress["entries"]:
+                name = f"{unit} in {unit.dtype}"
+                display.stage(name, i, len(units))
+                if name not in args.progress["entries"]:
                     tuner.tune(unit, most=1 if args.dry_run else None)
-                    args.progress["entries"][str(unit)] = []  # its passes have them: nothing of it is left
+                    args.progress["entries"][name] = []  # its passes have them: nothing of it is left
                     write_json(args.progress, args.path)
                 left -= 1
     except OutOfTime:

@@ -151,10 +151,10 @@ with mock.patch("triton.compiler.compile", compile), mock.patch.object(target, "
         def infer_by_operator():
             return torch.ops.fastinception.triton_inference(rows, *[p.detach() for p in net.parameters()], True)
 
-        trial.Unit.passes = lambda self, device: {"inference": infer_by_operator}
+        trial.Shape.passes = lambda self, device: {"inference": infer_by_operator}
         tune.disagreement = lambda found, expected: None  # these kernels compute nothing
-        unit = trial.Unit("tiny", net, 2, 32, "fp32")
-        for case, compiling in (("tuned", None), ("tuned alone", f"{unit} inference")):
+        unit = trial.Shape("tiny", net, 2, 32, "fp32")
+        for case, compiling in (("tuned", None), ("tuned alone", f"{unit} in fp32 inference")):
             for kernel in (entry._entry_kernel, spatial._spatial_kernel, library._library_kernel):
                 kernel.device_caches.clear()
             configs.forget()

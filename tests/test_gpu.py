@@ -338,7 +338,7 @@ def test_reduce_overhead_computes_what_eager_computes():
 def test_launches_that_start_early_wait_for_what_they_read():
     """Twenty times two dependent launches over poison; one that does not wait reads it."""
     context = Context(torch.device(DEVICE), False, HostTimer(torch.device(DEVICE)), Path(), 0.0)
-    block = Block(Shape("3a", WIDTHS["3a"], 64, 96, 12), context)
+    block = Block(Shape("3a", WIDTHS["3a"], 64, 96), context)
     entry, spatial = (replace(block.tiles(level, tuned=False), launch_pdl=True) for level in ("entry", "spatial"))
 
     def both() -> None:

@@ -190,7 +190,7 @@ def test_the_model_is_the_studys() -> None:
     assert "spatial, 256x128 tiles" not in small
     assert model.modelled("3b", 32, 224, 32 * 28 * 28) == {}
     rows = kernels.beside_model(
-        [{"variant": "entry"}, {"variant": "plain entry"}], kernels.Shape("3b", WIDTHS["3b"], 256, 224, 28)
+        [{"variant": "entry"}, {"variant": "plain entry"}], kernels.Shape("3b", WIDTHS["3b"], 256, 224)
     )
     assert rows == [{"variant": "entry", "model_us": 131.2}, {"variant": "plain entry"}]
 
@@ -253,7 +253,7 @@ def test_tuning_is_open_until_all_is_done(
 def test_floors_of_launches_are_the_studys() -> None:
     """3a at 128x96x96, with the study's rates: 4.9 us for level 0, 5.7 for level 1."""
     block = kernels.Block.__new__(kernels.Block)
-    block.shape, block.dtype = kernels.Shape("3a", WIDTHS["3a"], 128, 96, 12), torch.bfloat16
+    block.shape, block.dtype = kernels.Shape("3a", WIDTHS["3a"], 128, 96), torch.bfloat16
     chip = CHIPS["h100"]._replace(half=798, memory=3.0)
     assert floor_us(block.work("entry"), chip, "bf16")[0] == pytest.approx(4.9, abs=0.05)
     assert floor_us(block.work("spatial"), chip, "bf16")[0] == pytest.approx(5.7, abs=0.05)

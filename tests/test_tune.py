@@ -21,6 +21,8 @@ from triton.runtime.errors import OutOfResources
 
 from bench import trial, tune
 from bench.report import Display
+from fastinception import GoogLeNet, Inception
+from fastinception.googlenet import WIDTHS
 from fastinception.kernels import configs, target
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.*")
@@ -28,8 +30,20 @@ GPU = target.Gpu("cpu", "cpu")
 H100 = target.Gpu("NVIDIA H100 80GB HBM3", "sm_90")
 ENTRY: tune.Key = ("entry", 1000, 192, 176, torch.bfloat16, GPU)
 SPATIAL: tune.Key = ("spatial", 1000, 864, 128, torch.bfloat16, GPU)
-UNIT = trial.Unit("3a", trial.Widths(192, 64, (96, 128), (16, 32), 32), 1, 96, "bf16")
+UNIT = trial.Shape("3a", trial.Widths(192, 64, (96, 128), (16, 32), 32), 1, 96, "bf16")
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("image_size", [32, 96, 100, 224, 299])
+def test_blocks_are_tuned_at_the_sizes_that_the_network_has(image_size):
+    """Also where a side is odd: its half is rounded upwards."""
+    net, found = GoogLeNet().to("meta"), []
+    for module in net.modules():
+        if isinstance(module, Inception):
+            module.register_forward_hook(lambda block, args, out: found.append(tuple(args[0].shape[2:])))
+    net(torch.empty(1, 1, image_size, image_size, device="meta"))
+    shapes = [trial.Shape(block, widths, 1, image_size) for block, widths in WIDTHS.items()]
+    assert [(shape.side, shape.side) for shape in shapes] == found
 
 
 class FakeTimer:
@@ -40,8 +54,8 @@ class FakeTimer:
     def __init__(self, cost: Any, tuner: tune.Tuner) -> None:
         self.cost, self.tuner = cost, tuner
 
-    def __call__(self, run: Any) -> list[float]:
-        return [sum(self.cost(key, self.tuner.choose(*key)) for key in list(self.tuner.asked))]
+    def cold(self, run: Any, calls: int) -> list[float]:
+        return [1e-6 * sum(self.cost(key, self.tuner.choose(*key)) for key in list(self.tuner.asked))]
 
 
 @pytest.fixture
@@ -57,7 +71,7 @@ def make(monkeypatch, tmp_path):
             tiles = {key[0]: tuner.choose(*key) for key in keys}
             return [torch.ones(3)] if run is None else run(tiles)
 
-        monkeypatch.setattr(trial.Unit, "passes", lambda self, device: {"forward": fake})
+        monkeypatch.setattr(trial.Shape, "passes", lambda self, device: {"forward": fake})
         return tuner
 
     return build
@@ -225,7 +239,7 @@ def test_a_dry_run_and_going_on_after_an_interrupt(monkeypatch, tmp_path, capsys
     assert json.loads(table.read_text())["conditions"]["dry_run"] is True
     assert "all done" in capsys.readouterr().out
     # Finished: nothing is run at all.
-    monkeypatch.setattr(trial.Unit, "passes", None)
+    monkeypatch.setattr(trial.Shape, "passes", None)
     content = table.read_text()
     assert tune.main(command) == 0
     assert table.read_text() == content
@@ -236,10 +250,10 @@ def fake_block(monkeypatch):
     """Let a dry run's block be nothing but the question for one kernel's tiles."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
-    def passes(self: trial.Unit, device: torch.device) -> dict[str, Any]:
+    def passes(self: trial.Shape, device: torch.device) -> dict[str, Any]:
         return {"forward": lambda: [torch.ones(configs.choose(*SPATIAL).num_stages // 99 + 1)]}
 
-    monkeypatch.setattr(trial.Unit, "passes", passes)
+    monkeypatch.setattr(trial.Shape, "passes", passes)
 
 
 def test_a_spent_budget_is_said_and_is_no_error(fake_block, tmp_path, capsys):
@@ -321,12 +335,12 @@ def test_a_pass_is_in_the_table_before_its_block_is_finished(make, tmp_path, mon
     def too_late() -> list[torch.Tensor]:
         raise tune.OutOfTime
 
-    monkeypatch.setattr(trial.Unit, "passes", lambda self, device: {"forward": forward, "backward": too_late})
+    monkeypatch.setattr(trial.Shape, "passes", lambda self, device: {"forward": forward, "backward": too_late})
     with pytest.raises(tune.OutOfTime):
         tuner.tune(UNIT, None)
     entries = json.loads(tuner.table.read_text())["entries"]
     assert {entry["kernel"] for entry in entries} == {"entry", "spatial"}
-    monkeypatch.setattr(trial.Unit, "passes", lambda self, device: {"forward": too_late})
+    monkeypatch.setattr(trial.Shape, "passes", lambda self, device: {"forward": too_late})
     assert json.loads(json.dumps(tuner.tune(UNIT, None))) == entries  # not run again
 
 
@@ -356,7 +370,7 @@ def test_no_sample_holds_the_planning_of_a_new_choice(make):
         return [torch.ones(3)]
 
     class Noted(FakeTimer):
-        def __call__(self, run: Any) -> list[float]:
+        def cold(self, run: Any, calls: int) -> list[float]:
             events.append("timed")
             return [1.0]
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from bench.gpu.baselines import FusedInception, LinearInception, compilations, truncated
 from bench.gpu.case import Candidate, Case, Context, Row, contest, output_error, unsearched
-from bench.gpu.kernels import Block, Shape, beside_floor, beside_model, shapes
+from bench.gpu.kernels import Block, beside_floor, beside_model, shapes
 from bench.harness import LAYOUTS
+from bench.trial import Shape
 from fastinception import FastInception, functional
 from fastinception.googlenet import Widths
 from fastinception.reference import Inception

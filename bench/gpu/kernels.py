@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,9 @@ from bench.agreement import Errors
 from bench.gpu.case import Candidate, Case, Context, Row, contest, output_error, unsearched
 from bench.gpu.model import modelled
 from bench.gpu.timing import Run, each_launch, measure
-from bench.harness import SIDES
-from bench.trial import Unit
-from fastinception.googlenet import WIDTHS, Widths
+from bench.harness import DTYPES
+from bench.trial import TINY, Shape
+from fastinception.googlenet import WIDTHS
 from fastinception.reference import Inception
 
 SIZES = ((256, 224), (128, 96))  # batch and image size
@@ -28,31 +28,14 @@ PRODUCT, COPIED = 8192, 1 << 30
 DECISIVE = ("3b", "4d", "4e", "3a")
 
 
-class Shape(NamedTuple):
-    """A block of the network at one batch and image size."""
-
-    block: str
-    widths: Widths
-    batch: int
-    image_size: int
-    side: int
-
-    def __str__(self) -> str:
-        return f"{self.block} at {self.batch}x{self.image_size}x{self.image_size}"
-
-    @property
-    def rows(self) -> int:
-        return self.batch * self.side**2
-
-
 def shapes(context: Context, blocks: tuple[str, ...] = tuple(WIDTHS)) -> Iterator[Shape]:
     """Yield the blocks, each at both sizes; in a dry run one block so small that the interpreter runs it."""
     if context.dry:
-        yield Shape("tiny", Widths(16, 8, (8, 8), (8, 8), 8), 2, 32, 4)
+        yield TINY
         return
     for block in blocks:
         for batch, image_size in SIZES:
-            yield Shape(block, WIDTHS[block], batch, image_size, SIDES[image_size][block[0]])
+            yield Shape(block, WIDTHS[block], batch, image_size)
 
 
 class Block:
@@ -60,7 +43,7 @@ class Block:
 
     def __init__(self, shape: Shape, context: Context) -> None:
         torch.manual_seed(0)
-        self.shape, self.dtype = shape, torch.float16 if context.dry else torch.bfloat16
+        self.shape, self.dtype = shape, DTYPES[shape.dtype]
         net = Inception(*shape.widths)
         for p in net.parameters():  # sums stay of the size of their inputs, and biases count
             torch.nn.init.normal_(p, std=(2 / p[0].numel()) ** 0.5)
@@ -253,10 +236,9 @@ def passes(context: Context) -> list[Case]:
 
 
 def _pass(shape: Shape, context: Context) -> list[Row]:
-    unit = Unit(shape.block, shape.widths, shape.batch, shape.image_size, "fp16" if context.dry else "bf16")
     return [
         {"variant": f"{name}, launch {i}: {row.pop('kernel')}"} | row
-        for name, run in unit.passes(context.device).items()
+        for name, run in shape.passes(context.device).items()
         for i, row in enumerate(each_launch(run, context.timer), 1)
     ]
 
