@@ -136,7 +136,7 @@ def collected(run: Callable[[], Any]) -> dict[str, Launch]:
     """Return for each kernel that ``run`` launches its JIT function and the arguments; nothing is launched."""
     return {
         step.kernel.__name__.removeprefix("_").removesuffix("_kernel"): (
-            step.kernel, (*step.tensors, *step.how.sizes), step.how.constants
+            step.kernel, (*step.tensors, *step.config.sizes), step.config.constants
         )
         for step in replay.collect(run)
     }  # fmt: skip
@@ -207,7 +207,7 @@ def parts(kernel: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, A
             Part(
                 f"{kernel_h}x{kernel_w}" + (f" from {first * width}" if first else ""),
                 (rows, width, depth),
-                configs.tiles(kernel_h * kernel_w * reduced[conv], depth) * side_by_side * (tallest // rows),
+                configs.cdiv(kernel_h * kernel_w * reduced[conv], depth) * side_by_side * (tallest // rows),
                 tallest * kernel_h * kernel_w * reduced[conv] * min(stored[conv] - first * width, side_by_side * width),
             )
             for (conv, kernel_h, kernel_w, *_, rows, width, _), first, side_by_side in zip(
@@ -223,7 +223,7 @@ def parts(kernel: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, A
                 Part(
                     f"{kernel_h}x{kernel_w} {o}",
                     tile,
-                    configs.tiles(o, tile[0]) * configs.tiles(c * kernel_h * kernel_w, tile[1]),
+                    configs.cdiv(o, tile[0]) * configs.cdiv(c * kernel_h * kernel_w, tile[1]),
                     o * c * kernel_h * kernel_w * depth,
                 )
                 for o, c, kernel_h, kernel_w in products
@@ -236,7 +236,7 @@ def parts(kernel: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, A
             Part(
                 name,
                 (height, *tile[1:]),
-                sum(configs.tiles(o, height) * configs.tiles(j, tile[1]) for o, j in zip(rows, columns, strict=True)),
+                sum(configs.cdiv(o, height) * configs.cdiv(j, tile[1]) for o, j in zip(rows, columns, strict=True)),
                 sum(o * j for o, j in zip(rows, columns, strict=True)) * depth,
             )
             for name, height, rows in (
@@ -248,7 +248,7 @@ def parts(kernel: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
     def gemm(reduced: int, columns: int) -> list[Part]:
         """Return the product of a block of rows: of its whole tiles and, if it is narrower, of the last one."""
-        steps, before = configs.tiles(reduced, depth), (configs.tiles(columns, width) - 1) * width
+        steps, before = configs.cdiv(reduced, depth), (configs.cdiv(columns, width) - 1) * width
         if last == width:
             return [Part("gemm", tile, steps * (before // width + 1), rows * reduced * columns)]
         return [
@@ -259,8 +259,8 @@ def parts(kernel: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, A
     if kernel == "entry_gradient":
         return gemm(given["COLUMNS"], k)
     pool = (given["POOL_M"], given["POOL_N"], given["POOL_K"])
-    pool_tiles = rows // pool[0] * configs.tiles(given["pool_width"], pool[1])
-    pooled = configs.tiles(k, pool[2]) * pool_tiles, rows * k * given["pool_width"]
+    pool_tiles = rows // pool[0] * configs.cdiv(given["pool_width"], pool[1])
+    pooled = configs.cdiv(k, pool[2]) * pool_tiles, rows * k * given["pool_width"]
     return [*gemm(k, sum(configs.from_list(given["widths"]))), Part("pool", pool, *pooled, pipelined=False)]
 
 

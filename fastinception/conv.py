@@ -75,7 +75,7 @@ def _same(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=conv_backward.padding(weight))
 
 
-def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
+def result_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     """Return the memory format of the result: what oneDNN chooses, and PyTorch's fake does not know."""
     format = custom_op.memory_format(x)
     return custom_op.memory_format(weight) if format is torch.contiguous_format else format
@@ -85,7 +85,7 @@ def _conv2d_backward(grad_out: Tensor, x: Tensor, weight: Tensor, needs: list[bo
     rows, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad_out))
     with torch.autocast(x.device.type, enabled=False):  # it would narrow the products' operands
         found = conv_backward.conv_backward(grad, rows, weight, (needs[0], needs[1], needs[2]))
-    return custom_op.without_none(custom_op.finish(found, conv_backward.inputs(x, weight)), like=x)
+    return custom_op.without_none(custom_op.finish(found, conv_backward.templates(x, weight)), like=x)
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -117,15 +117,15 @@ custom_op.define(
     "conv2d_backward",
     "(Tensor grad_out, Tensor x, Tensor weight, bool[] needs) -> (Tensor, Tensor, Tensor)",
     _conv2d_backward,
-    lambda grad_out, x, weight, needs: custom_op.empty_gradients(conv_backward.inputs(x, weight), needs),
+    lambda grad_out, x, weight, needs: custom_op.empty_gradients(conv_backward.templates(x, weight), needs),
     _differentiate_backward,
     _setup_backward,
 )
 custom_op.define(
     "conv2d",
     "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    lambda x, weight, bias: _same(x, weight, bias).contiguous(memory_format=memory_format(x, weight)),
-    lambda x, weight, bias: torch.empty_like(_same(x, weight, bias), memory_format=memory_format(x, weight)),
+    lambda x, weight, bias: _same(x, weight, bias).contiguous(memory_format=result_format(x, weight)),
+    lambda x, weight, bias: torch.empty_like(_same(x, weight, bias), memory_format=result_format(x, weight)),
     _differentiate,
     _setup,
 )

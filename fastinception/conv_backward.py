@@ -64,7 +64,7 @@ def padding(weight: Tensor) -> list[int]:
     return [int(side) // 2 for side in weight.shape[2:]]
 
 
-def inputs(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def templates(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what the gradients of x, weight and bias are shaped as."""
     return x, weight, weight.new_empty(weight.shape[:1])
 

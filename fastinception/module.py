@@ -30,8 +30,8 @@ _POOL_CLASSES = (nn.MaxPool2d, MaxPool2d)
 class FastInception(Inception):
     """Run the textbook Inception block fast: same constructor, parameters, ``state_dict`` and numbers.
 
-    On a GPU the block is two Triton launches that write into one output (see ``kernels/``); elsewhere it is ATen
-    with the three 1x1 convolutions that read the input merged and no concatenation. A block that was edited (a child
+    On a GPU the block is two Triton launches that write into one output (see ``kernels/``); elsewhere it is ATen,
+    whose ReLUs write into the output (few elements and compiled inference aside). A block that was edited (a child
     replaced, hooked, parametrized or reconfigured) runs the textbook forward instead; functorch transforms,
     forward-mode derivatives and exported programs get standard operators. :func:`explain` says what runs and why.
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastinception import backends, custom_op
-from fastinception.conv import Conv2d, memory_format
-from fastinception.conv_backward import conv_backward, inputs, library, padding
+from fastinception.conv import Conv2d, result_format
+from fastinception.conv_backward import conv_backward, library, padding, templates
 from fastinception.module import hooked_globally, wrapped
 from fastinception.pool import MaxPool2d, is_around_every_second, is_launchable, launch
 
@@ -80,7 +80,7 @@ def _in_parts(x: Tensor, conv: Conv2d, pool: MaxPool2d, relu: nn.ReLU) -> Tensor
         parts = x.split(_evenly(x.shape[0], max(1, _KEPT // image)))
         return torch.cat([relu(pool(conv(part))) for part in parts])
     # By name: a compiled graph does not keep the strides by which one channel tells its format.
-    format = memory_format(x, conv.weight)
+    format = result_format(x, conv.weight)
     wide = [t.to(exact) for t in operands]
     y, _ = torch.ops.fastinception.conv_pool_relu(*wide, conv.stride[0], saves, format)
     return cast(Tensor, y.to(dtype))
@@ -294,7 +294,7 @@ def _conv_pool_relu_backward(
         grad.to(x.dtype) if grad is not None and need else None
         for grad, need in zip((grad_x, grad_weight, grad_bias), needs, strict=True)
     ]
-    return custom_op.without_none(custom_op.finish(grads, inputs(x, weight)), like=x)
+    return custom_op.without_none(custom_op.finish(grads, templates(x, weight)), like=x)
 
 
 def _unpool(grad: Tensor, x: Tensor, indices: Tensor, stride: int) -> Tensor:
@@ -348,7 +348,7 @@ custom_op.define(
     "(Tensor grad_out, Tensor x, Tensor weight, Tensor out, Tensor indices, int stride, bool[] needs) "
     "-> (Tensor, Tensor, Tensor)",
     _conv_pool_relu_backward,
-    lambda grad_out, x, weight, out, indices, stride, needs: custom_op.empty_gradients(inputs(x, weight), needs),
+    lambda grad_out, x, weight, out, indices, stride, needs: custom_op.empty_gradients(templates(x, weight), needs),
     _differentiate_backward,
     _setup_backward,
 )

@@ -1,4 +1,4 @@
-"""Hold the Triton kernels, one file a launch; import them as ``fastinception.kernels``."""
+"""Hold the Triton kernels, a file for one launch or two; import them as ``fastinception.kernels``."""
 
 if __name__ != "fastinception.kernels":
     raise ImportError(

@@ -148,7 +148,7 @@ def _plan(
             if needs[out]:
                 sums[out] = Sum(size, offset, parts, elements)
             offset += size
-        partials += configs.tiles(elements * parts, 16) * 16  # each begins where wide stores may
+        partials += configs.cdiv(elements * parts, 16) * 16  # each begins where wide stores may
         return start
 
     def need(*indices: int) -> bool:
@@ -164,9 +164,9 @@ def _plan(
         (c4, need(x, w42, b42), b42),
     )):  # fmt: skip
         if needed:
-            sums_at = place(columns, split_parts(rows, gpu), (bias, columns))
+            offset_of_sums = place(columns, split_parts(rows, gpu), (bias, columns))
             stride = columns if i else c1 + c21 + c31
-            branches.append(Branch(columns, column, masks[i], stride, sums_at))
+            branches.append(Branch(columns, column, masks[i], stride, offset_of_sums))
             branch_of.append(i)
         column += columns
 
@@ -174,8 +174,8 @@ def _plan(
     gradients, gradient_of = [], []
     for i, weight, reached, first, bias in ((1, weights[2], reach2, c1, b21), (2, weights[4], reach3, c1 + c21, b31)):
         if reached:
-            sums_at = place(weight[1], data_gradient_parts(rows, weight[1], tiles, gpu), (bias, weight[1]))
-            gradients.append(Gradient(weight, True, c1 + c21 + c31, first, sums_at))
+            offset_of_sums = place(weight[1], data_gradient_parts(rows, weight[1], tiles, gpu), (bias, weight[1]))
+            gradients.append(Gradient(weight, True, c1 + c21 + c31, first, offset_of_sums))
             gradient_of.append(i)
     if needs[x]:
         gradients.append(Gradient(weights[5], False, channels))
@@ -200,7 +200,7 @@ def _plan(
     for j, i in enumerate(product_of):
         assert division is not None
         elements = products[j].out_channels * products[j].columns
-        products[j] = products[j]._replace(sums=place(elements, division.parts, *outs[i][1]))
+        products[j] = products[j]._replace(offset=place(elements, division.parts, *outs[i][1]))
 
     return _Plan(
         merged=c1 + c21 + c31 if need(x, w1, b1, w21, b21, w31, b31) else 0,

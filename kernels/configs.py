@@ -154,7 +154,7 @@ def forget() -> None:
     _warned.clear()
 
 
-class Launch(NamedTuple):
+class LaunchConfig(NamedTuple):
     """What a launch takes beside its tensors: alike for like shapes, so that launchers cache it to spare the host."""
 
     grid: tuple[int]
@@ -162,13 +162,13 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
 
 
-def launch(programs: int, sizes: tuple[Any, ...], **constants: Any) -> Launch:
+def launch_config(programs: int, sizes: tuple[Any, ...], **constants: Any) -> LaunchConfig:
     """Put a launch together. ``sizes`` are numbers and lists of numbers, which a kernel reads by ``operands.number``.
 
     Products and sums are fused, as in every Triton so far; 3.9 warns where that is not said, and 3.10 will not do it.
     """
     sizes = tuple([as_list(size) if isinstance(size, tuple) else size for size in sizes])
-    return Launch((programs,), sizes, constants | {"enable_fp_fusion": True})
+    return LaunchConfig((programs,), sizes, constants | {"enable_fp_fusion": True})
 
 
 def as_list(numbers: tuple[int | None, ...]) -> tuple[int | None, ...]:
@@ -185,7 +185,7 @@ def from_list(numbers: tuple[int, ...]) -> tuple[int, ...]:
     return tuple([number // 2 - 1 for number in numbers])
 
 
-class Entry(NamedTuple):
+class TunedTiles(NamedTuple):
     """A line of a table: the best tiles measured for a kernel, a dtype and a shape."""
 
     kernel: str
@@ -221,7 +221,7 @@ def choose(kernel: str, rows: int, reduction: int, columns: int, dtype: torch.dt
     path = table_path(gpu.name)
     if (entries := _read_once(path)) is not None:
 
-        def distance(entry: Entry) -> float:
+        def distance(entry: TunedTiles) -> float:
             own = (entry.rows, entry.reduction, entry.columns)
             return math.prod(max(a / b, b / a) for a, b in zip((rows, reduction, columns), own, strict=True))
 
@@ -244,7 +244,7 @@ def default(kernel: str, rows: int, columns: int, dtype: torch.dtype, gpu: Gpu) 
     chosen = DEFAULTS[kernel](dtype, gpu.chip)
     if kernel != "weight_gradient":  # that divides its pixels among all
         for smaller in _smaller(chosen):
-            if tiles(rows, smaller.block_m) * tiles(columns, narrow(smaller.block_n, columns)) <= gpu.processors:
+            if cdiv(rows, smaller.block_m) * cdiv(columns, narrow(smaller.block_n, columns)) <= gpu.processors:
                 chosen = smaller
     return chosen
 
@@ -301,7 +301,7 @@ def strips(tiles: Tiles, channels: int, gpu: Gpu) -> list[Strip]:
     return [Strip(block_m, block_n, 0, whole + (left > 0))]
 
 
-def tiles(size: int, block: int) -> int:
+def cdiv(size: int, block: int) -> int:
     """Return how many tiles of ``block`` cover ``size`` (``triton.cdiv`` takes 2 us: it serves kernels, too)."""
     return -(-size // block)
 
@@ -316,7 +316,7 @@ def _slug(name: str) -> str:
 
 
 @cached
-def _read_once(path: Path) -> list[Entry] | None:
+def _read_once(path: Path) -> list[TunedTiles] | None:
     return read_table(path) if path.is_file() else None
 
 
@@ -333,7 +333,7 @@ def _warn(path: Path, kernel: str, dtype: torch.dtype, shape: tuple[int, int, in
         )
 
 
-def read_table(path: Path) -> list[Entry]:
+def read_table(path: Path) -> list[TunedTiles]:
     """Read a table that ``bench/tune.py`` wrote.
 
     Raises:
@@ -351,14 +351,14 @@ def read_table(path: Path) -> list[Entry]:
             raise ValueError(f"the conditions lack {', '.join(missing)}")
         if _slug(table["conditions"]["device"]) != path.stem:
             raise ValueError(f"it was measured on {table['conditions']['device']!r}, which its name is not")
-        return [_entry_of(**item) for item in table["entries"]]
+        return [_tuned_of(**item) for item in table["entries"]]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a table of tuned tiles: {error}") from error
 
 
-def _entry_of(
+def _tuned_of(
     *, kernel: str, dtype: str, rows: int, reduction: int, columns: int, tiles: dict[str, Any], **about: Any
-) -> Entry:
+) -> TunedTiles:
     if kernel not in DEFAULTS:
         raise ValueError(f"kernel must be one of {', '.join(DEFAULTS)}, got {kernel!r}")
     if not isinstance(type_ := getattr(torch, dtype, None), torch.dtype):
@@ -370,4 +370,4 @@ def _entry_of(
     if (pool is None) is not (DEFAULTS[kernel](type_, "").pool is None):
         raise ValueError(f"the entry level has a pool's tile and no other has, got {pool} for {kernel}")
     own = Tiles(**tiles | {"pool": None if pool is None else tuple(pool)})
-    return Entry(kernel, type_, rows, reduction, columns, own)
+    return TunedTiles(kernel, type_, rows, reduction, columns, own)

@@ -21,7 +21,7 @@ from fastinception.kernels.epilogue import (
     store_rows,
 )
 from fastinception.kernels.operands import before, choosable, divisible, matrix_of, number
-from fastinception.kernels.replay import Launched
+from fastinception.kernels.replay import Launch
 
 
 @triton.jit
@@ -46,18 +46,18 @@ def _gemm_tile(
     if ALIGNED:  # Triton 3.9 forgets it in tl.where, and then copies the weights two bytes at a time, unpipelined
         w_rows = tl.multiple_of(w_rows, 16)
 
-    # As below, what comes of rows past the end is never stored.
+    # Rows past the end read the last row instead of a masked one: their results are never stored.
     x_rows = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None] * K
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
     for k in range(0, K, BLOCK_K):
-        w_offsets = w_rows[None, :] + (k + offs_k)[:, None]
+        w_tile = w_rows[None, :] + (k + offs_k)[:, None]
         if EVEN_K:
             x = tl.load(x_rows + (k + offs_k)[None, :])  # [BLOCK_M, BLOCK_K]
-            w = tl.load(w_offsets)  # [BLOCK_K, BLOCK_N]
+            w = tl.load(w_tile)  # [BLOCK_K, BLOCK_N]
         else:
             mask_k = k + offs_k < K
             x = tl.load(x_rows + (k + offs_k)[None, :], mask=mask_k[None, :], other=0.0)
-            w = tl.load(w_offsets, mask=mask_k[:, None], other=0.0)
+            w = tl.load(w_tile, mask=mask_k[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
     b_columns = choosable(b_ptrs[0], offs_n, AMD)  # not by matrix_of: of pairs Triton 3.9 sees that they are aligned
@@ -273,7 +273,7 @@ def entry(
     relu: bool = True,
     tiles: configs.Tiles | None = None,
     part: str | None = None,
-) -> Launched:
+) -> Launch:
     """Launch level 0 on ``x``'s device and current stream.
 
     Args:
@@ -299,14 +299,14 @@ def entry(
     mask, pooled, codes = saved or (None, None, None)
     aligned = replay.are_aligned(weights)
     gpu = target.gpu(x.device)
-    launch = _launch(
+    config = _launch_config(
         x.shape, tuple([w.shape[0] for w in weights]), pool_weight.shape[0], pool_column, pool_mask_column,
         out.shape[1], is_channels_last(out), 0 if mask is None else mask.shape[1], aligned, x.dtype,
         gpu, target.input_precision(x.dtype, gpu), relu, tiles, part,
     )  # fmt: skip
     with target.device_of(x):
         return replay.launch(
-            _entry_kernel, launch, x, tuple(weights), tuple(biases), out, tuple(denses), pool_weight, pool_bias,
+            _entry_kernel, config, x, tuple(weights), tuple(biases), out, tuple(denses), pool_weight, pool_bias,
             mask, pooled, codes,
         )  # fmt: skip
 
@@ -322,7 +322,7 @@ def _steps(channels: int, depth: int) -> str:
 
 
 @configs.cached
-def _launch(
+def _launch_config(
     shape: torch.Size,
     widths: tuple[int, ...],
     pool_width: int,
@@ -338,7 +338,7 @@ def _launch(
     relu: bool,
     tiles: configs.Tiles | None,
     part: str | None,
-) -> configs.Launch:
+) -> configs.LaunchConfig:
     if part not in (None, "gemm", "pool"):
         raise ValueError(f"part must be None, 'gemm' or 'pool', got {part!r}")
     n, channels, height, width = shape
@@ -356,11 +356,11 @@ def _launch(
             pool_m *= 2
     strips = configs.strips(tiles, sum(widths), gpu)
     gemm_tiles = 0 if part == "pool" else sum(strip.tiles for strip in strips)
-    pool_tiles = 0 if part == "gemm" else tiles.block_m // pool_m * configs.tiles(pool_width, pool_n)
+    pool_tiles = 0 if part == "gemm" else tiles.block_m // pool_m * configs.cdiv(pool_width, pool_n)
     out_shape = n, out_channels, height, width
     strides = out_strides(out_shape, channels_last)
-    return configs.launch(
-        configs.tiles(rows, tiles.block_m) * (gemm_tiles + pool_tiles),
+    return configs.launch_config(
+        configs.cdiv(rows, tiles.block_m) * (gemm_tiles + pool_tiles),
         (widths, pool_width, pool_column, pool_mask_column, rows, channels, height, width, *strides, mask_bytes),
         PART=part, DIVISOR=math.gcd(8, *widths, pool_width, pool_column),
         EVEN_K=channels % tiles.block_k == 0, POOL_STEPS=_steps(channels, pool_k),

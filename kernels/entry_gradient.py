@@ -14,7 +14,7 @@ from fastinception.kernels import configs, replay, target
 from fastinception.kernels.entry import tap_code
 from fastinception.kernels.epilogue import follow_predecessor, is_channels_last, out_run, out_strides, store_out
 from fastinception.kernels.operands import before, divisible, matrix_of
-from fastinception.kernels.replay import Launched
+from fastinception.kernels.replay import Launch
 
 
 @triton.jit(do_not_specialize=["M", "H", "W"])
@@ -115,7 +115,7 @@ def _entry_gradient_kernel(
         )  # fmt: skip
 
 
-def pool_gradient(grad: Tensor, codes: Tensor, out: Tensor) -> Launched:
+def pool_gradient(grad: Tensor, codes: Tensor, out: Tensor) -> Launch:
     """Write the gradient of ``max_pool2d(x, 3, 1, 1)`` to ``out``, on its device and current stream.
 
     Args:
@@ -123,17 +123,17 @@ def pool_gradient(grad: Tensor, codes: Tensor, out: Tensor) -> Launched:
         codes: what the entry level kept, uint8 ``[M, K]``.
         out: ``[N, K, H, W]``, contiguous in either memory format, grad's dtype.
     """
-    launch = _pool_launch(out.shape, is_channels_last(out), target.gpu(out.device))
+    config = _pool_launch_config(out.shape, is_channels_last(out), target.gpu(out.device))
     with target.device_of(out):
-        return replay.launch(_pool_gradient_kernel, launch, grad, codes, out)
+        return replay.launch(_pool_gradient_kernel, config, grad, codes, out)
 
 
 @configs.cached
-def _pool_launch(shape: torch.Size, channels_last: bool, gpu: target.Gpu) -> configs.Launch:
+def _pool_launch_config(shape: torch.Size, channels_last: bool, gpu: target.Gpu) -> configs.LaunchConfig:
     n, channels, height, width = shape
     rows, config = n * height * width, configs.sweep(configs.POOL, gpu)
-    tiles = configs.tiles(rows, config.block_m) * configs.tiles(channels, config.block_n)
-    return configs.launch(
+    tiles = configs.cdiv(rows, config.block_m) * configs.cdiv(channels, config.block_n)
+    return configs.launch_config(
         tiles, (rows, channels, height, width, *out_strides(shape, channels_last)),
         RUN=out_run(shape, channels_last), BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
     )  # fmt: skip
@@ -141,7 +141,7 @@ def _pool_launch(shape: torch.Size, channels_last: bool, gpu: target.Gpu) -> con
 
 def entry_gradient(
     grad: Tensor, weights: Sequence[Tensor], out: Tensor, *, tiles: configs.Tiles | None = None
-) -> Launched:
+) -> Launch:
     """Add the data gradient of the 1x1 convolutions that read x to ``out``, on its device and current stream.
 
     Args:
@@ -154,16 +154,16 @@ def entry_gradient(
     """
     aligned = replay.are_aligned(weights)
     gpu = target.gpu(out.device)
-    launch = _entry_launch(
+    config = _entry_launch_config(
         out.shape, tuple([w.shape[0] for w in weights]), is_channels_last(out), aligned, out.dtype,
         gpu, target.input_precision(out.dtype, gpu), tiles,
     )  # fmt: skip
     with target.device_of(out):
-        return replay.launch(_entry_gradient_kernel, launch, grad, tuple(weights), out)
+        return replay.launch(_entry_gradient_kernel, config, grad, tuple(weights), out)
 
 
 @configs.cached
-def _entry_launch(
+def _entry_launch_config(
     shape: torch.Size,
     widths: tuple[int, ...],
     channels_last: bool,
@@ -172,14 +172,14 @@ def _entry_launch(
     gpu: target.Gpu,
     precision: str,
     tiles: configs.Tiles | None,
-) -> configs.Launch:
+) -> configs.LaunchConfig:
     n, channels, height, width = shape
     rows, columns = n * height * width, sum(widths)
     tiles = tiles or configs.choose("entry_gradient", rows, columns, channels, dtype, gpu)
     strips = configs.strips(tiles, channels, gpu)
-    programs = configs.tiles(rows, tiles.block_m) * sum(strip.tiles for strip in strips)
+    programs = configs.cdiv(rows, tiles.block_m) * sum(strip.tiles for strip in strips)
     sizes = (widths, rows, channels, columns, height * width, *out_strides(shape, channels_last))
-    return configs.launch(
+    return configs.launch_config(
         programs, sizes,
         DIVISOR=math.gcd(8, *widths), EVEN_COLUMNS=columns % tiles.block_k == 0,
         ALIGNED=aligned and channels * dtype.itemsize % 16 == 0,

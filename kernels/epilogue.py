@@ -107,7 +107,7 @@ def store_out(
 ):  # fmt: skip
     """Store ``y``, with ADD its sum with what is there: from channel ``first`` on, as far as there are ``columns``.
 
-    They are the output's from ``column`` on. RUN is from ``out_run``.
+    Channel c is the output's channel ``column + c``. RUN is from ``out_run``.
     """
     if RUN == 1:  # an address for each element: with ADD, those of all at once do not fit the registers
         left, right = halves(y)
@@ -171,15 +171,15 @@ def is_channels_last(t: Tensor) -> bool:
 
 
 def out_run(shape: tuple[int, ...], channels_last: bool) -> int:
-    """Return how many pixels lie side by side from each multiple of it on, 16 at most; 0 where channels do."""
+    """Return RUN, a number of pixels: as many lie side by side from each of its multiples on; 0 where channels do."""
     return 0 if channels_last else run_of(shape[2] * shape[3])
 
 
 def run_of(*counts: int) -> int:
-    """Return how many elements a run has whose length and distances from others are these, 16 at most.
+    """Return the largest power of two, 16 at most, that divides ``counts``: a run's length and distances from others.
 
-    Pairs count as single ones, until a GPU has seen them again: with them the test of 6x5 pixels failed on an H200, by
-    all that a CPU can tell by chance.
+    1 for 2: with pairs the test of 6x5 pixels failed once on an H200. No CPU has shown a cause, and no GPU has run it
+    again.
     """
     run = math.gcd(*counts, 16)
     return 1 if run == 2 else run

@@ -55,7 +55,10 @@ def _library_kernel(
     LEVEL: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr,
     BLOCK_M: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one convolution's result: the tiles of the list's convolutions follow one another."""
+    """One tile of one convolution's result: the tiles of the list's convolutions follow one another.
+
+    Its widths are constants: only a tuned table chooses it, so that few blocks compile it.
+    """
     follow_predecessor(PDL)
     row_tiles = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0)
@@ -87,18 +90,18 @@ def convolve(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, relu: bool
         channels = conv.weight.shape[0]
         block_n = configs.narrow(tiles.block_n, channels)
         level.append((channels, conv.column, conv.mask_column, block_n))
-        programs += configs.tiles(n * pixels, tiles.block_m) * configs.tiles(channels, block_n)
+        programs += configs.cdiv(n * pixels, tiles.block_m) * configs.cdiv(channels, block_n)
     strides, mask_bytes = out_strides(out.shape, is_channels_last(out)), 0 if mask is None else mask.shape[1]
     run = out_run(out.shape, is_channels_last(out))
     gpu = target.gpu(out.device)
-    launch = configs.launch(
+    config = configs.launch_config(
         programs, (n * pixels, pixels, *strides, mask_bytes),
         LEVEL=tuple(level), SAVE=mask is not None, RELU=target.relu_asm(gpu, out.dtype) if relu else None,
         RUN=run, BLOCK_M=tiles.block_m,
         **tiles.options(gpu),
     )  # fmt: skip
     with target.device_of(out):
-        replay.launch(_library_kernel, launch, tuple(results), tuple(conv.bias for conv in convs), out, mask)
+        replay.launch(_library_kernel, config, tuple(results), tuple(conv.bias for conv in convs), out, mask)
 
 
 _deterministic = threading.Lock()

@@ -30,7 +30,7 @@ def pointer_of(tile, firsts, pointers, ALIGNED: tl.constexpr):
     listed_tile = 2 * tile + 3
     for i in tl.static_range(1, len(pointers)):
         pointer = tl.where(listed_tile >= firsts[i], pointers[i], pointer)
-    return tl.multiple_of(pointer, 16) if ALIGNED else pointer  # which the compiler does not see of a choice
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer  # the compiler loses it in tl.where
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastinception.kernels import configs, replay, target
 from fastinception.kernels.entry import maximum
 from fastinception.kernels.epilogue import bias_relu
-from fastinception.kernels.replay import Launched
+from fastinception.kernels.replay import Launch
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "OUT_H", "OUT_W"])
@@ -46,7 +46,7 @@ def _max_pool_kernel(
     tl.store(out, pooled, mask=(offs_m < M)[:, None] & mask_n[None, :])
 
 
-def max_pool(x: Tensor, bias: Tensor | None, out: Tensor) -> Launched:
+def max_pool(x: Tensor, bias: Tensor | None, out: Tensor) -> Launch:
     """Write ``max_pool2d(x, 3, 2, 1)``, with a bias ``relu`` of the sum, on x's device and current stream.
 
     Args:
@@ -56,18 +56,18 @@ def max_pool(x: Tensor, bias: Tensor | None, out: Tensor) -> Launched:
 
     All of one dtype. Checked by the caller.
     """
-    launch = _launch(x.shape, bias is not None, x.dtype, target.gpu(x.device))
+    config = _launch_config(x.shape, bias is not None, x.dtype, target.gpu(x.device))
     with target.device_of(x):
-        return replay.launch(_max_pool_kernel, launch, x, bias, out)
+        return replay.launch(_max_pool_kernel, config, x, bias, out)
 
 
 @configs.cached
-def _launch(shape: torch.Size, relu: bool, dtype: torch.dtype, gpu: target.Gpu) -> configs.Launch:
+def _launch_config(shape: torch.Size, relu: bool, dtype: torch.dtype, gpu: target.Gpu) -> configs.LaunchConfig:
     n, channels, height, width = shape
     out_height, out_width = (height + 1) // 2, (width + 1) // 2
     rows, config = n * out_height * out_width, configs.sweep(configs.POOL, gpu)
-    return configs.launch(
-        configs.tiles(rows, config.block_m) * configs.tiles(channels, config.block_n),
+    return configs.launch_config(
+        configs.cdiv(rows, config.block_m) * configs.cdiv(channels, config.block_n),
         (rows, channels, height, width, out_height, out_width),
         MAX_ASM=target.max_asm(gpu, dtype, with_codes=False), RELU=target.relu_asm(gpu, dtype) if relu else None,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,

@@ -23,11 +23,11 @@ from fastinception.kernels import configs, target
 Tensors = Tensor | tuple[Tensor | None, ...] | None  # one argument of a kernel
 
 
-class Launched(NamedTuple):
-    """A launch that was made."""
+class Launch(NamedTuple):
+    """A launch that was made, or that would have been, under :func:`collect`."""
 
     kernel: Any
-    how: configs.Launch | None  # None of what is no kernel of Triton's, and takes the tensors alone
+    config: configs.LaunchConfig | None  # None of what is no kernel of Triton's, and takes the tensors alone
     tensors: tuple[Tensors, ...]
     compiled: Any  # None in the interpreter
 
@@ -35,7 +35,7 @@ class Launched(NamedTuple):
 class Made(NamedTuple):
     """What a call launched, in order, None for what the library did, and what it allocated: enough to record it."""
 
-    launched: list[Launched | None]
+    launched: list[Launch | None]
     allocated: list[Tensor | None]
 
     def dense(self, t: Tensor, format: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -44,27 +44,27 @@ class Made(NamedTuple):
             return t
         copy = torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=format)
         self.allocated.append(copy)
-        self.launched.append(Launched(Tensor.copy_, None, (copy, t), None))
+        self.launched.append(Launch(Tensor.copy_, None, (copy, t), None))
         if _waiting.get() is None:
             copy.copy_(t)
         return copy
 
 
-_waiting: ContextVar[list[Launched] | None] = ContextVar("_waiting", default=None)
+_waiting: ContextVar[list[Launch] | None] = ContextVar("_waiting", default=None)
 _lock, _loading = threading.Lock(), threading.Lock()
 
 
-def launch(kernel: Any, how: configs.Launch, *tensors: Tensors) -> Launched:
+def launch(kernel: Any, config: configs.LaunchConfig, *tensors: Tensors) -> Launch:
     """Launch on the current device and stream; under :func:`collect` only remember it.
 
     Raises:
         RuntimeError: what the driver says; while a CUDA graph is captured it loads no kernel.
     """
     if (waiting := _waiting.get()) is not None:
-        waiting.append(Launched(kernel, how, tensors, None))
+        waiting.append(Launch(kernel, config, tensors, None))
         return waiting[-1]
     try:
-        return Launched(kernel, how, tensors, kernel[how.grid](*tensors, *how.sizes, **how.constants))
+        return Launch(kernel, config, tensors, kernel[config.grid](*tensors, *config.sizes, **config.constants))
     except RuntimeError as error:
         if "capturing" not in str(error):
             raise
@@ -74,9 +74,9 @@ def launch(kernel: Any, how: configs.Launch, *tensors: Tensors) -> Launched:
         ) from error
 
 
-def collect(run: Callable[[], Any]) -> list[Launched]:
+def collect(run: Callable[[], Any]) -> list[Launch]:
     """Return all that ``run`` would launch, and launch nothing; whatever else it does, it does."""
-    waiting: list[Launched] = []
+    waiting: list[Launch] = []
     token = _waiting.set(waiting)
     try:
         run()
@@ -105,7 +105,7 @@ def compiles_together() -> bool:
     return not target.interpreted() and torch.version.hip is None
 
 
-def compile_all(launches: Sequence[Launched], x: Tensor) -> list[Future[None]]:
+def compile_all(launches: Sequence[Launch], x: Tensor) -> list[Future[None]]:
     """Compile and load what is launched on x's device, as many at a time as the host has cores; return when all ended.
 
     Not by triton.AsyncCompileMode: before 3.8 it stays on behind an error, and another thread may get its unfinished
@@ -113,13 +113,14 @@ def compile_all(launches: Sequence[Launched], x: Tensor) -> list[Future[None]]:
     """
     from triton.runtime import driver
 
-    def warm_up(step: Launched) -> None:
+    def warm_up(step: Launch) -> None:
         with target.device_of(x):
-            compiled = step.kernel.warmup(*step.tensors, *step.how.sizes, grid=step.how.grid, **step.how.constants)
+            config = step.config
+            compiled = step.kernel.warmup(*step.tensors, *config.sizes, grid=config.grid, **config.constants)
             # One at a time: Triton 3.6 has the host's compiler build a launcher for each signature, all of them modules
             # of one name. Loaded again, they share one dict, from which a kernel could take another's launcher.
             with _loading:
-                compiled[step.how.grid]
+                compiled[config.grid]
 
     # The compiler releases Python's lock. Two calls at a time would compile the same twice.
     with _lock, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -160,7 +161,7 @@ def _pick(places: Sequence[int]) -> Pick:
 
 
 def record(
-    launched: Sequence[Launched | None],
+    launched: Sequence[Launch | None],
     operands: Sequence[Tensor],
     allocated: Sequence[Tensor | None],
     results: Sequence[Tensor | None],
@@ -190,7 +191,7 @@ def record(
         groups.append(tuple([index[id(t)] for t in argument]))
         return len(tensors) + len(groups) - 1
 
-    made = cast(Sequence[Launched], launched)
+    made = cast(Sequence[Launch], launched)
     try:
         arguments = [tuple(map(place, step.tensors)) for step in made]
     except KeyError:
@@ -222,20 +223,20 @@ def _allocation(t: Tensor) -> Callable[[], Tensor]:
     return fast if made == expected else empty
 
 
-def _runner(step: Launched) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def _runner(step: Launch) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Return what launches a step again, with what follows the tensors, by place and by name.
 
     That is the compiled kernel, if there is one: looking it up takes the host longer than all the rest of a launch.
     What Triton looks it up by, :func:`known` compares, but for its switches for debugging, and on AMD for the size of
     the storage around a tensor: the same shape and strides end in the same place.
     """
-    kernel, how, tensors, compiled = step
-    if how is None:
+    kernel, config, tensors, compiled = step
+    if config is None:
         return kernel, (), {}
     if compiled is None:
-        return kernel[how.grid], how.sizes, how.constants
-    names = kernel.arg_names[len(tensors) + len(how.sizes) :]
-    return compiled[(*how.grid, 1, 1)], (*how.sizes, *[how.constants[name] for name in names]), {}
+        return kernel[config.grid], config.sizes, config.constants
+    names = kernel.arg_names[len(tensors) + len(config.sizes) :]
+    return compiled[(*config.grid, 1, 1)], (*config.sizes, *[config.constants[name] for name in names]), {}
 
 
 # By what was asked of the operands: what makes the results of others like them, None where only planning again does.

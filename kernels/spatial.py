@@ -25,7 +25,7 @@ from fastinception.kernels.epilogue import (
 )
 from fastinception.kernels.library import convolve
 from fastinception.kernels.operands import before, number
-from fastinception.kernels.replay import Launched
+from fastinception.kernels.replay import Launch
 
 
 class Geometry(NamedTuple):
@@ -43,7 +43,7 @@ class Geometry(NamedTuple):
     pad_w: int
     block_m: int
     block_n: int
-    divisor: int  # of its channels
+    divisor: int  # of its channels and of the first that it writes
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def implicit_gemm(
     The reduction runs over j = tap * C + c, taps and channels packed without gaps, so that 16 channels of a 5x5
     waste nothing. x is channels_last, therefore consecutive j are consecutive addresses within a kernel row.
     Whether a tap lies inside the image is one bit per output pixel, computed once; j past the last tap finds no bit.
-    The inverses are of a list that ``inverses`` made. DIVISOR divides C and O.
+    ``inverse`` and ``row_inverse`` are those of C that ``inverses`` returns, in lists. DIVISOR divides C and O.
 
     The weight is ``[O, C, KH, KW]``, channels_last. TRANSPOSED it is ``[C, O, KH, KW]`` and its taps are taken from the
     last to the first: the convolution that gives a data gradient.
@@ -107,14 +107,25 @@ def implicit_gemm(
 
 @triton.jit
 def _conv_tile(
-    tile, first_tile, column_tiles, x_ptr, w_ptr, b_ptr, out_ptr, mask_ptr,
-    C, O, inverse, row_inverse, column, mask_column,
+    tile, first_tile, column_tiles, x_ptrs, w_ptrs, b_ptrs, out_ptr, mask_ptr,
+    in_channels, out_channels, inverses, row_inverses, columns, mask_columns,
     M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
-    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIVISOR: tl.constexpr, PRECISION: tl.constexpr,
+    LEVEL: tl.constexpr, I: tl.constexpr, PRECISION: tl.constexpr,
     SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``relu(conv2d(x, w, b))`` for BLOCK_M output pixels x BLOCK_N output channels of a strip."""
+    """``relu(conv2d(x, w, b))`` for BLOCK_M output pixels x BLOCK_N output channels of LEVEL's strip I."""
+    CONV: tl.constexpr = LEVEL[I][0]
+    KH: tl.constexpr = LEVEL[I][1]
+    KW: tl.constexpr = LEVEL[I][2]
+    SH: tl.constexpr = LEVEL[I][3]
+    SW: tl.constexpr = LEVEL[I][4]
+    PH: tl.constexpr = LEVEL[I][5]
+    PW: tl.constexpr = LEVEL[I][6]
+    BLOCK_M: tl.constexpr = LEVEL[I][7]
+    BLOCK_N: tl.constexpr = LEVEL[I][8]
+    DIVISOR: tl.constexpr = LEVEL[I][9]
+    C, O = number(in_channels[CONV], DIVISOR), number(out_channels[CONV], DIVISOR)
+    column, mask_column = number(columns[CONV], DIVISOR), number(mask_columns[CONV])
     first = (first_tile + tile % column_tiles) * BLOCK_N
     offs_m = (tile // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = first + tl.arange(0, BLOCK_N)
@@ -126,11 +137,11 @@ def _conv_tile(
     h = (pixel // OUT_W) * SH - PH
     w = (pixel % OUT_W) * SW - PW
     acc = implicit_gemm(
-        x_ptr, w_ptr, offs_n, n, h, w, mask_m, H, W, C, O, inverse, row_inverse,
+        x_ptrs[CONV], w_ptrs[CONV], offs_n, n, h, w, mask_m, H, W, C, O, inverses[CONV], row_inverses[CONV],
         KH, KW, DIVISOR, False, PRECISION, BLOCK_K,
     )  # fmt: skip
 
-    y = bias_relu(acc, tl.load(b_ptr + offs_n, mask=mask_n, other=0.0), RELU)
+    y = bias_relu(acc, tl.load(b_ptrs[CONV] + offs_n, mask=mask_n, other=0.0), RELU)
     store_result(
         out_ptr, mask_ptr, y, offs_m, M, first, O,
         out_pixels, stride_on, stride_op, stride_oc, stride_mask, column, mask_column, SAVE, RUN,
@@ -151,14 +162,10 @@ def _spatial_kernel(
         tiles = tl.cdiv(M, LEVEL[i][7]) * number(column_tiles[i])
         if (tile >= 0) & (tile < tiles):
             _conv_tile(
-                tile, number(first_tiles[i]), number(column_tiles[i]),
-                x_ptrs[LEVEL[i][0]], w_ptrs[LEVEL[i][0]], b_ptrs[LEVEL[i][0]], out_ptr, mask_ptr,
-                number(in_channels[LEVEL[i][0]], LEVEL[i][9]), number(out_channels[LEVEL[i][0]], LEVEL[i][9]),
-                inverses[LEVEL[i][0]], row_inverses[LEVEL[i][0]],
-                number(columns[LEVEL[i][0]], LEVEL[i][9]), number(mask_columns[LEVEL[i][0]]),
+                tile, number(first_tiles[i]), number(column_tiles[i]), x_ptrs, w_ptrs, b_ptrs, out_ptr, mask_ptr,
+                in_channels, out_channels, inverses, row_inverses, columns, mask_columns,
                 M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
-                LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], LEVEL[i][4], LEVEL[i][5], LEVEL[i][6],
-                LEVEL[i][7], LEVEL[i][8], LEVEL[i][9], PRECISION, SAVE, RELU, RUN, BLOCK_K,
+                LEVEL, i, PRECISION, SAVE, RELU, RUN, BLOCK_K,
             )  # fmt: skip
         tile -= tiles
 
@@ -195,7 +202,7 @@ def spatial(
     *,
     relu: bool = True,
     tiles: configs.Tiles | None = None,
-) -> Launched | None:
+) -> Launch | None:
     """Launch level 1 on ``out``'s device and current stream. Returns None where the library computes.
 
     Args:
@@ -212,20 +219,20 @@ def spatial(
     """
     specs = tuple([(c.weight.shape, c.stride, c.padding, c.column, c.mask_column) for c in convs])
     gpu = target.gpu(out.device)
-    launch, tiles = _launch(
+    config, tiles = _launch_config(
         specs, convs[0].x.shape[2:], out.shape, is_channels_last(out), 0 if mask is None else mask.shape[1],
         out.dtype, gpu, target.input_precision(out.dtype, gpu), relu, tiles,
     )  # fmt: skip
-    if launch is None:
+    if config is None:
         convolve(convs, out, mask, relu, tiles)
         return None
     xs, weights, biases = (tuple([conv[i] for conv in convs]) for i in range(3))
     with target.device_of(out):
-        return replay.launch(_spatial_kernel, launch, xs, weights, biases, out, mask)
+        return replay.launch(_spatial_kernel, config, xs, weights, biases, out, mask)
 
 
 @configs.cached
-def _launch(
+def _launch_config(
     convs: tuple[tuple[Any, ...], ...],
     size: torch.Size,
     out_shape: torch.Size,
@@ -236,7 +243,7 @@ def _launch(
     precision: str,
     relu: bool,
     tiles: configs.Tiles | None,
-) -> tuple[configs.Launch | None, configs.Tiles]:
+) -> tuple[configs.LaunchConfig | None, configs.Tiles]:
     n, _, out_height, out_width = out_shape
     rows = n * out_height * out_width
     if tiles is None:
@@ -257,14 +264,14 @@ def _launch(
         for strip in configs.strips(tiles, out_channels, gpu):
             level.append(Geometry(i, kernel_h, kernel_w, *stride, *padding, strip.block_m, strip.block_n, divisor))
             placed.append((strip.first, strip.tiles))
-            programs += configs.tiles(rows, strip.block_m) * strip.tiles
+            programs += configs.cdiv(rows, strip.block_m) * strip.tiles
         sizes.append((in_channels, out_channels, *inverses(in_channels, kernel_h, kernel_w), column, mask_column))
     lists = *zip(*placed, strict=True), *zip(*sizes, strict=True)
     strides = out_strides(out_shape, channels_last)
-    launch = configs.launch(
+    config = configs.launch_config(
         programs, (*lists, rows, *size, out_height, out_width, *strides, mask_bytes),
         LEVEL=tuple(tuple(geometry) for geometry in level), PRECISION=precision, SAVE=mask_bytes > 0,
         RELU=target.relu_asm(gpu, dtype) if relu else None,
         RUN=out_run(out_shape, channels_last), BLOCK_K=tiles.block_k, **tiles.options(gpu),
     )  # fmt: skip
-    return launch, tiles
+    return config, tiles

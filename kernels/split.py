@@ -15,7 +15,7 @@ from torch import Tensor
 from fastinception.kernels import configs, replay, target
 from fastinception.kernels.epilogue import run_of
 from fastinception.kernels.operands import number_of, pointer_of
-from fastinception.kernels.replay import Launched
+from fastinception.kernels.replay import Launch
 
 
 class Branch(NamedTuple):
@@ -25,12 +25,12 @@ class Branch(NamedTuple):
     column: int  # first channel in the output's gradient
     mask_column: int  # first byte in the packed ReLU mask
     stride: int  # columns of the matrix that it is written to, from the first on
-    sums: int  # where in ``partials`` its sums begin
+    offset: int  # of its sums in ``partials``
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "stride_mask"])
 def _split_kernel(
-    grad_ptr, mask_ptr, out_ptrs, partials_ptr, firsts, widths, columns, mask_columns, strides, sums,
+    grad_ptr, mask_ptr, out_ptrs, partials_ptr, firsts, widths, columns, mask_columns, strides, offsets,
     M, H, W, stride_gn, stride_gc, stride_gh, stride_gw, stride_mask,
     ALIGNED: tl.constexpr, RUN: tl.constexpr, STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -78,54 +78,52 @@ def _split_kernel(
         grad = tl.where(tl.reshape(active, (BLOCK_M, BLOCK_N)) != 0, grad, 0.0)
         tl.store(out_ptr + rows[:, None] * stride + offs_n[None, :], grad, mask=mask)
         total += tl.sum(grad.to(dtype), axis=0)
-    tl.store(partials_ptr + number_of(program, firsts, sums) + part * width + offs_n, total, mask=mask_n)
+    tl.store(partials_ptr + number_of(program, firsts, offsets) + part * width + offs_n, total, mask=mask_n)
 
 
 def parts(rows: int, gpu: target.Gpu) -> int:
     """Return how many sums there are for each channel in ``partials``."""
     config = configs.sweep(configs.SPLIT, gpu)
-    return configs.tiles(rows, config.steps * config.block_m)
+    return configs.cdiv(rows, config.steps * config.block_m)
 
 
-def split(
-    grad: Tensor, mask: Tensor, branches: tuple[Branch, ...], outs: Sequence[Tensor], partials: Tensor
-) -> Launched:
+def split(grad: Tensor, mask: Tensor, branches: tuple[Branch, ...], outs: Sequence[Tensor], partials: Tensor) -> Launch:
     """Launch on ``grad``'s device and current stream.
 
     Args:
         grad: gradient of the block's output, ``[N, C, H, W]``, any strides; never written.
         mask: the packed ReLU mask that the forward kept, ``[M, bytes]`` uint8.
         branches, outs: each gets its channels as rows of pixels, ``[M, stride]``, 0 where the ReLU was not active.
-        partials: float32 (float64 for float64), gets at ``sums`` of each branch ``[parts(M, gpu), width]``: their sums.
+        partials: float32 (float64 for float64), gets at each branch's ``offset`` its sums, ``[parts(M, gpu), width]``.
 
     All but mask and partials have one dtype. Checked by the caller.
     """
     aligned = replay.are_aligned(outs)
-    launch = _launch(branches, grad.shape, grad.stride(), mask.shape[1], aligned, target.gpu(grad.device))
+    config = _launch_config(branches, grad.shape, grad.stride(), mask.shape[1], aligned, target.gpu(grad.device))
     with target.device_of(grad):
-        return replay.launch(_split_kernel, launch, grad, mask, tuple(outs), partials)
+        return replay.launch(_split_kernel, config, grad, mask, tuple(outs), partials)
 
 
 @configs.cached
-def _launch(
+def _launch_config(
     branches: tuple[Branch, ...],
     shape: torch.Size,
     strides: tuple[int, ...],
     mask_bytes: int,
     aligned: bool,
     gpu: target.Gpu,
-) -> configs.Launch:
+) -> configs.LaunchConfig:
     n, _, height, width = shape
     stride_n, stride_c, stride_h, stride_w = strides
     rows, config = n * height * width, configs.sweep(configs.SPLIT, gpu)
     # As epilogue.out_run, of a gradient with any strides.
     run = run_of(height * width, stride_n, stride_c) if (stride_h, stride_w) == (width, 1) else 0
     block_n = config.block_n // 2 if run == 1 else config.block_n  # an address for each element takes registers
-    tiles = (parts(rows, gpu) * configs.tiles(branch.width, block_n) for branch in branches)
+    tiles = (parts(rows, gpu) * configs.cdiv(branch.width, block_n) for branch in branches)
     *firsts, end = itertools.accumulate(tiles, initial=0)
-    widths, columns, mask_columns, out_strides, sums = zip(*branches, strict=True)
-    lists = (tuple(firsts), widths, columns, mask_columns, out_strides, sums)
-    return configs.launch(
+    widths, columns, mask_columns, out_strides, offsets = zip(*branches, strict=True)
+    lists = (tuple(firsts), widths, columns, mask_columns, out_strides, offsets)
+    return configs.launch_config(
         end, (*lists, rows, height, width, stride_n, stride_c, stride_h, stride_w, mask_bytes),
         ALIGNED=math.gcd(8, *widths, *columns, *out_strides) if aligned else 1,
         RUN=run, STEPS=config.steps, BLOCK_M=config.block_m, BLOCK_N=block_n, num_warps=config.num_warps,

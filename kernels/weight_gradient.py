@@ -15,7 +15,7 @@ from torch import Tensor
 from fastinception.kernels import configs, replay, target
 from fastinception.kernels.epilogue import follow_predecessor
 from fastinception.kernels.operands import before, number, number_of, pointer_of
-from fastinception.kernels.replay import Launched
+from fastinception.kernels.replay import Launch
 from fastinception.kernels.spatial import taps_inside
 
 
@@ -26,7 +26,7 @@ class Product(NamedTuple):
     in_channels: int
     kernel_h: int
     kernel_w: int
-    sums: int = 0  # where in ``partials`` it begins
+    offset: int = 0  # of its sums in ``partials``
 
     @property
     def columns(self) -> int:
@@ -38,7 +38,7 @@ class Sum(NamedTuple):
     """Partial sums to be added up."""
 
     elements: int
-    sums: int  # where in ``partials`` the first part begins
+    offset: int  # of the first part in ``partials``
     parts: int
     stride: int  # from part to part
 
@@ -72,7 +72,7 @@ def _product_tile(
     image = first % tl.cdiv(N, BLOCK_K) * BLOCK_K
     pixel = first // tl.cdiv(N, BLOCK_K) if IMAGES_FIRST else first * BLOCK_K + offs_k
     h, w = pixel // W % H, pixel % W
-    # The operands of a step with the first pixel of all or, one image after another, of the part.
+    # Of a step that begins with pixel 0 of image 0 or, one image after another, with the part's first pixel.
     apart = offs_k.to(tl.int64) * (H * W if IMAGES_FIRST else 1)
     g_ptrs = g_ptr + before(offs_o, O, ALIGNED)[:, None] + (apart * O)[None, :]
     x_ptrs = x_ptr + x_columns[None, :] + (apart * C)[:, None]
@@ -115,7 +115,7 @@ def _product_tile(
 
 @triton.jit(do_not_specialize=["tiles", "N", "H", "W", "steps", "steps_of_part"])
 def _weight_gradient_kernel(
-    g_ptrs, x_ptrs, partials_ptr, firsts, sums, out_channels, in_channels, kernel_h, kernel_w,
+    g_ptrs, x_ptrs, partials_ptr, firsts, offsets, out_channels, in_channels, kernel_h, kernel_w,
     tiles, N, H, W, steps, steps_of_part,
     LEVEL: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, LAST_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
@@ -124,14 +124,14 @@ def _weight_gradient_kernel(
 
     ``firsts`` is where each product's begin. LEVEL has the kernels' sizes where a step takes pixels of one image after
     another; else it is None, and a product's last rows take tiles of LAST_M rows, if these hold them. ALIGNED divides
-    the channels and ``sums``, and more than 1 says that pointers are aligned to 16 bytes.
+    the channels and ``offsets``, and more than 1 says that pointers are aligned to 16 bytes.
     """
     follow_predecessor(PDL)
     part = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
     if LEVEL is None:  # choices: compiled once for blocks of any widths
         g_ptr, x_ptr = pointer_of(tile, firsts, g_ptrs, ALIGNED > 1), pointer_of(tile, firsts, x_ptrs, ALIGNED > 1)
-        partials_ptr += number_of(tile, firsts, sums, ALIGNED)
+        partials_ptr += number_of(tile, firsts, offsets, ALIGNED)
         O = number_of(tile, firsts, out_channels, ALIGNED)
         C = number_of(tile, firsts, in_channels, ALIGNED)
         KH, KW = number_of(tile, firsts, kernel_h), number_of(tile, firsts, kernel_w)
@@ -156,7 +156,7 @@ def _weight_gradient_kernel(
                 column_tiles = tl.cdiv(LEVEL[i][0] * LEVEL[i][1] * C, BLOCK_N)
                 _product_tile(
                     (tile - first) // column_tiles * BLOCK_M, (tile - first) % column_tiles * BLOCK_N, part,
-                    g_ptrs[i], x_ptrs[i], partials_ptr + number(sums[i], ALIGNED), N, H, W, steps, steps_of_part,
+                    g_ptrs[i], x_ptrs[i], partials_ptr + number(offsets[i], ALIGNED), N, H, W, steps, steps_of_part,
                     number(out_channels[i], ALIGNED), C, LEVEL[i][0], LEVEL[i][1],
                     False, ALIGNED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
@@ -167,7 +167,7 @@ def _sum_kernel(
     partials_ptr,
     out_ptrs,
     firsts,
-    sums,
+    offsets,
     sizes,
     parts,
     strides,
@@ -179,11 +179,11 @@ def _sum_kernel(
 ):
     """Add up the parts of some elements of one result, by a tile for few parts or by one for more than MANY_P.
 
-    The tiles of the results follow one another; ``firsts`` is where each result's begin. ALIGNED divides sums, sizes
+    The tiles of the results follow one another; ``firsts`` is where each result's begin. ALIGNED divides offsets, sizes
     and strides.
     """
     program = tl.program_id(0)
-    partials_ptr += number_of(program, firsts, sums, ALIGNED)
+    partials_ptr += number_of(program, firsts, offsets, ALIGNED)
     size = number_of(program, firsts, sizes, ALIGNED)
     count = number_of(program, firsts, parts)
     tile = program - number_of(program, firsts, firsts)
@@ -239,19 +239,19 @@ def divide(
     programs = _programs(products, tiles)
     # Images beyond the batch are multiplied, too. The loop has fewer instructions (issue pressure 0.6 on sm_90, the
     # other's 0.9): as far as they overlap with products nothing is gained, and as far as not, up to a fifth.
-    filled = configs.tiles(n, tiles.block_k) * tiles.block_k
+    filled = configs.cdiv(n, tiles.block_k) * tiles.block_k
     images_first = n >= tiles.block_k and filled <= 1.125 * n
     images = filled if images_first else n
-    steps = configs.tiles(images * height * width, tiles.block_k)
+    steps = configs.cdiv(images * height * width, tiles.block_k)
     wanted = configs.PROGRAMS * (gpu.processors or 132)  # without any, in the interpreter, an H100's
-    steps_of_part = max(4, configs.tiles(steps, max(1, wanted // programs)))
+    steps_of_part = max(4, configs.cdiv(steps, max(1, wanted // programs)))
     channels = max(size for product in products for size in product[:2])
     steps_of_part = min(steps_of_part, max(1, (2**31 - 1) // (tiles.block_k * channels)))
-    return Division(tiles, images_first, steps, steps_of_part, configs.tiles(steps, steps_of_part))
+    return Division(tiles, images_first, steps, steps_of_part, configs.cdiv(steps, steps_of_part))
 
 
 def _programs(products: Sequence[Product], tiles: configs.Tiles) -> int:
-    return sum(configs.tiles(p.out_channels, tiles.block_m) * configs.tiles(p.columns, tiles.block_n) for p in products)
+    return sum(configs.cdiv(p.out_channels, tiles.block_m) * configs.cdiv(p.columns, tiles.block_n) for p in products)
 
 
 def weight_gradient(
@@ -261,7 +261,7 @@ def weight_gradient(
     shape: tuple[int, int, int],
     division: Division,
     partials: Tensor,
-) -> Launched:
+) -> Launch:
     """Launch the products on the partials' device and current stream.
 
     Args:
@@ -270,58 +270,58 @@ def weight_gradient(
         xs: their inputs, ``[N, C, H, W]`` in channels_last, or the same as rows of pixels, ``[M, C]``.
         shape: N, H and W of all of them.
         division: see :func:`divide`.
-        partials: float32 (float64 for float64), gets at ``sums`` of each product
+        partials: float32 (float64 for float64), gets at ``offset`` of each product
             ``[division.parts, O, kernel_h, kernel_w, C]``.
 
     All but partials have one dtype. Checked by the caller.
     """
     gpu = target.gpu(partials.device)
     aligned = replay.are_aligned((*grads, *xs))
-    launch = _launch(products, shape, division, aligned, gpu, target.input_precision(xs[0].dtype, gpu))
+    config = _launch_config(products, shape, division, aligned, gpu, target.input_precision(xs[0].dtype, gpu))
     with target.device_of(partials):
-        return replay.launch(_weight_gradient_kernel, launch, tuple(grads), tuple(xs), partials)
+        return replay.launch(_weight_gradient_kernel, config, tuple(grads), tuple(xs), partials)
 
 
 @configs.cached
-def _launch(
+def _launch_config(
     products: tuple[Product, ...],
     shape: tuple[int, int, int],
     division: Division,
     aligned: bool,
     gpu: target.Gpu,
     precision: str,
-) -> configs.Launch:
+) -> configs.LaunchConfig:
     tiles, images_first, steps, steps_of_part, parts = division
     *firsts, programs = itertools.accumulate((_programs([product], tiles) for product in products), initial=0)
-    *shapes, sums = zip(*products, strict=True)
-    return configs.launch(
-        programs * parts, ((*firsts, programs), sums, *shapes, programs, *shape, steps, steps_of_part),
+    *shapes, offsets = zip(*products, strict=True)
+    return configs.launch_config(
+        programs * parts, ((*firsts, programs), offsets, *shapes, programs, *shape, steps, steps_of_part),
         LEVEL=None if images_first else tuple(zip(*shapes[2:], strict=True)),
-        ALIGNED=math.gcd(8, *sums, *shapes[0], *shapes[1]) if aligned else 1, PRECISION=precision,
+        ALIGNED=math.gcd(8, *offsets, *shapes[0], *shapes[1]) if aligned else 1, PRECISION=precision,
         BLOCK_M=tiles.block_m, LAST_M=tiles.block_m // 2 if tiles.block_m >= 128 else tiles.block_m,
         BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, **tiles.options(gpu),
     )  # fmt: skip
 
 
-def add_up(sums: tuple[Sum, ...], outs: Sequence[Tensor], partials: Tensor) -> Launched:
+def add_up(sums: tuple[Sum, ...], outs: Sequence[Tensor], partials: Tensor) -> Launch:
     """Launch the sums of all partial sums on the partials' device and current stream, each rounded once.
 
     Each of ``outs`` gets as many elements as its sum has, in the order of its memory.
     """
-    launch = _sum_launch(sums, target.gpu(partials.device))
+    config = _sum_launch_config(sums, target.gpu(partials.device))
     with target.device_of(partials):
-        return replay.launch(_sum_kernel, launch, partials, tuple(outs))
+        return replay.launch(_sum_kernel, config, partials, tuple(outs))
 
 
 @configs.cached
-def _sum_launch(sums: tuple[Sum, ...], gpu: target.Gpu) -> configs.Launch:
+def _sum_launch_config(sums: tuple[Sum, ...], gpu: target.Gpu) -> configs.LaunchConfig:
     few, many = configs.sweep(configs.SUM_FEW, gpu), configs.sweep(configs.SUM_MANY, gpu)
-    elements, starts, parts, strides = zip(*sums, strict=True)
+    elements, offsets, parts, strides = zip(*sums, strict=True)
     blocks = [(many if count > many.block_m else few).block_n for count in parts]
-    tiles = (configs.tiles(size, block_n) for size, block_n in zip(elements, blocks, strict=True))
+    tiles = (configs.cdiv(size, block_n) for size, block_n in zip(elements, blocks, strict=True))
     *firsts, end = itertools.accumulate(tiles, initial=0)
-    return configs.launch(
-        end, (tuple(firsts), starts, elements, parts, strides),
-        ALIGNED=math.gcd(8, *elements, *starts, *strides),
+    return configs.launch_config(
+        end, (tuple(firsts), offsets, elements, parts, strides),
+        ALIGNED=math.gcd(8, *elements, *offsets, *strides),
         FEW_P=few.block_m, FEW_N=few.block_n, MANY_P=many.block_m, MANY_N=many.block_n, num_warps=few.num_warps,
     )  # fmt: skip

@@ -72,7 +72,7 @@ def test_bad_tiles_are_refused(change, message):
 
 def test_numbers_in_a_list_are_neither_1_nor_multiples_of_16():
     numbers = (*range(100), (1 << 29) - 1, 1 << 29)
-    launch = configs.launch(3, (16, numbers, (None, 1)))
+    launch = configs.launch_config(3, (16, numbers, (None, 1)))
     single, listed, others = launch.sizes
     assert (launch.grid, single, others) == ((3,), 16, (None, 5))
     assert all(number > 1 and number % 16 for number in listed)

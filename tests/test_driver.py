@@ -127,14 +127,14 @@ found, alive = {"given": ["x", *names]}, []
 
 def passed(one):  # a size of 1 is compiled into the kernel, where it may
     params = one.kernel.params[len(one.tensors):]
-    return [size for param, size in zip(params, one.how.sizes) if param.do_not_specialize or size != 1]
+    return [size for param, size in zip(params, one.config.sizes) if param.do_not_specialize or size != 1]
 
 def report(case, tensors):
     alive.append(tensors)  # or the next ones could have their addresses
     addresses = {name: t.data_ptr() for name, t in {"x": x, **dict(zip(names, params)), **tensors}.items()}
     plans = [
         {
-            "grid": [*one.how.grid, 1, 1], "block": [32 * one.how.constants["num_warps"], 1, 1],
+            "grid": [*one.config.grid, 1, 1], "block": [32 * one.config.constants["num_warps"], 1, 1],
             "shared": one.compiled.metadata.shared, "sizes": passed(one),
         }
         for one in planned
@@ -171,7 +171,7 @@ for _ in range(200):
         future.result()
     for one in training:
         try:
-            launch(one.kernel, one.how, *one.tensors)
+            launch(one.kernel, one.config, *one.tensors)
         except Exception as error:
             found["wrong launchers"].append(f"{one.compiled.name}: {error}")
 sys.setswitchinterval(switching)

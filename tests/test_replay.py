@@ -532,7 +532,7 @@ class Kernel:
 
 
 def test_a_replay_launches_on_the_operands_and_on_memory_of_its_own():
-    kernel, launch = Kernel(), configs.launch(3, (1, 2), BLOCK=4)
+    kernel, launch = Kernel(), configs.launch_config(3, (1, 2), BLOCK=4)
     a, b = torch.zeros(2), torch.zeros(3)
     out, scratch = (
         torch.zeros(2, 3, 4, 5).permute(0, 3, 1, 2),
@@ -577,7 +577,7 @@ def test_what_a_replay_allocates_is_like_what_was_recorded(monkeypatch, private)
 
 @pytest.mark.parametrize("why", ["nothing launched", "other work", "unknown", "unknown among many", "one tensor twice"])
 def test_what_cannot_be_recorded(why):
-    kernel, launch = Kernel(), configs.launch(3, (1, 2), BLOCK=4)
+    kernel, launch = Kernel(), configs.launch_config(3, (1, 2), BLOCK=4)
     a, b, out, other = (torch.zeros(2) for _ in range(4))
     launched = [replay.launch(kernel, launch, a, (b, None), out)]
     assert replay.record(launched, [a, b], [out], [out]) is not None
@@ -606,9 +606,9 @@ def test_a_first_call_inside_a_capture_says_what_it_needs():
 
             return run
 
-    how = configs.launch(1, ())
+    config = configs.launch_config(1, ())
     words = "Triton Error [CUDA]: operation not permitted when stream is capturing"
     with pytest.raises(RuntimeError, match="gradients was expected before the capture"):
-        replay.launch(Refused(words), how)
+        replay.launch(Refused(words), config)
     with pytest.raises(RuntimeError, match="out of memory"):
-        replay.launch(Refused("Triton Error [CUDA]: out of memory"), how)
+        replay.launch(Refused("Triton Error [CUDA]: out of memory"), config)
