@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastinception import functional
 
+# A failed assertion of these is explained as a test's own is.
+pytest.register_assert_rewrite("tests.runs")
 assert not WORKER or torch.get_num_threads() == 1
 # Tests are about the block's own ways, at sizes where a CPU takes standard operators; those of that choice say so.
 FEW, functional.FEW = functional.FEW, -1
@@ -50,7 +52,8 @@ def passing() -> type[TorchDispatchMode]:
 
 # The files that take longest, the longest first: what is left for the end is short, and no worker waits for another.
 LONGEST = (
-    "equivalence", "compile", "train", "compare", "gpu_suite", "ops", "aot", "ptx", "replay", "training", "special",
+    "equivalence", "compile", "resume", "compare", "gpu_suite", "processes", "train", "ops", "aot", "ptx", "replay",
+    "training", "special",
 )  # fmt: skip
 
 
