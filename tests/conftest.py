@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastinception import functional
 
 # A failed assertion of these is explained as a test's own is.
-pytest.register_assert_rewrite("tests.runs")
+pytest.register_assert_rewrite("tests.poisoned", "tests.runs")
 assert not WORKER or torch.get_num_threads() == 1
 # Tests are about the block's own ways, at sizes where a CPU takes standard operators; those of that choice say so.
 FEW, functional.FEW = functional.FEW, -1
