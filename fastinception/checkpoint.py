@@ -53,7 +53,7 @@ def save(state: dict[str, Any], folder: Path, *, rotate: bool) -> Path:
         rotate: keep the checkpoint that was current until now as the previous one.
 
     Raises:
-        OSError: it cannot be written; the checkpoints that were there are as they were.
+        OSError: it cannot be written; :func:`newest` is what it was.
     """
     # In memory first: a full disk is then an OSError of one write, not an error of PyTorch's zip writer.
     content = io.BytesIO()
@@ -66,7 +66,7 @@ def write(path: Path, content: bytes | memoryview, keep: Path | None = None) -> 
     """Write a file so that a crash leaves the old content or the new, on the disk; ``keep`` gets the old one.
 
     Raises:
-        OSError: it cannot be written; ``path`` is as it was.
+        OSError: it cannot be written; the old content is at ``path``, or at ``keep`` if only the last renaming failed.
     """
     # One name for all times: the next write takes the place of what a killed one left.
     partial = path.with_name(f".{path.name}.partial")

@@ -56,21 +56,26 @@ class Display:
         """Print the last finished epoch and write the record; the curves behind the last one, or once a minute."""
         if self.rank == 0:
             row = run.history[-1]
+            write_record(run)  # first: what is printed may have no reader any more
             self.say(
                 f"epoch {row['epoch']}/{run.config['epochs']}: train loss {row['train_loss']:.3f}, "
                 f"accuracy {row['train_accuracy']:.3f}; test loss {row['test_loss']:.3f}, "
                 f"accuracy {row['test_accuracy']:.3f}; {row['examples_per_second']:.1f} examples/s, "
                 f"{row['examples_per_second_end_to_end']:.1f} end to end"
             )
-            write_record(run)
             if run.epoch == run.config["epochs"] or time.perf_counter() - self.drawn >= CURVES_SECONDS:
                 self.curves(run)
 
     def curves(self, run: Trainer) -> None:
         """Draw curves.png into the run's folder, where an epoch is finished."""
         if self.rank == 0 and run.history:
-            checkpoint.write(run.folder / "curves.png", _curves(run.history))
             self.drawn = time.perf_counter()
+            try:
+                picture = _curves(run.history)
+            except Exception as error:  # an unknown MPLBACKEND is one when matplotlib is imported
+                self.say(f"curves.png is not drawn: {error}")
+                return
+            checkpoint.write(run.folder / "curves.png", picture)
 
 
 def write_record(run: Trainer) -> None:

@@ -76,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
             raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
         return value
 
+    def folder(text: str) -> Path:
+        if not text:  # an unset variable; Path would take it for the current folder
+            raise argparse.ArgumentTypeError("must name a folder, got ''")
+        return Path(text)
+
     rate.__name__ = "float"
     add = parser.add_argument
     add("--block", choices=tuple(BLOCKS), help="FastInception or the textbook's block (default: fast)")
@@ -93,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=integer(1), metavar="N", help="the first N images of each split only")
     add("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda if there is one (default)")
     add("--data-root", type=Path, help="folder with Fashion-MNIST's *-ubyte.gz files")
-    add("--output", type=Path, metavar="DIR", help="default: runs/train, or where the resumed checkpoint lies")
+    add("--output", type=folder, metavar="DIR", help="default: runs/train, or where the resumed checkpoint lies")
     add(
         "--resume",
         nargs="?",
@@ -108,7 +113,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _join(name: str, parser: argparse.ArgumentParser) -> World:
     """Return this process's place, and meet the others where torchrun started several."""
-    size, rank, local = (int(os.environ.get(n, d)) for n, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    try:
+        size, rank, local = (int(os.environ.get(n, d)) for n, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    except ValueError as error:
+        parser.error(f"WORLD_SIZE, RANK and LOCAL_RANK, which torchrun sets, must be numbers: {error}")
+    if not 0 <= rank < size:
+        parser.error(f"the environment says RANK={rank} of WORLD_SIZE={size}: unset both, or start by torchrun")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -125,7 +135,10 @@ def _join(name: str, parser: argparse.ArgumentParser) -> World:
             parser.error(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except ValueError as error:  # MASTER_ADDR and the like are missing, or wrong
+            parser.error(f"WORLD_SIZE={size}, and the processes cannot meet: {error}")
     return World(rank, size, device)
 
 
@@ -363,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for name in ("rich", "matplotlib"):
         if importlib.util.find_spec(name) is None:
-            parser.error(f"{name} is needed: pip install 'fastinception[bench]'")
+            parser.error(f"{name} is needed: pip install '.[bench]' in a clone, or pip install {name}")
     try:
         return _train(args, _join(args.device, parser))
     except (TrainingError, checkpoint.CheckpointError, OSError) as error:

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -244,11 +245,30 @@ def test_curves_are_drawn_at_the_end_and_once_a_minute(command, tmp_path, monkey
     assert drawn == [1, 1, 3, 3]
 
 
-def test_a_drawing_that_fails_does_not_hide_why_a_run_ends(command, tmp_path, monkeypatch, capsys):
-    def full(history: list[Any]) -> bytes:
-        raise OSError("no space for the curves")
+def test_a_picture_that_cannot_be_drawn_ends_no_run(command, tmp_path, monkeypatch, capsys):
+    """Notebooks set a MPLBACKEND that another environment may lack, and matplotlib is imported at the first picture."""
 
-    monkeypatch.setattr(record, "_curves", full)
+    def draw(history: list[Any]) -> bytes:
+        raise ValueError("Key backend: 'inline' is not a valid value for backend")
+
+    monkeypatch.setattr(record, "_curves", draw)
+    monkeypatch.setattr(record, "CURVES_SECONDS", 0)
+    folder = tmp_path / "run"
+    assert command(folder) == 0
+    assert len(metrics(folder)) == EPOCHS
+    assert capsys.readouterr().out.count("curves.png is not drawn: Key backend: 'inline' is not a valid") == EPOCHS
+    assert not (folder / "curves.png").exists()
+
+
+def test_a_picture_that_cannot_be_written_does_not_hide_why_a_run_ends(command, tmp_path, monkeypatch, capsys):
+    write = checkpoint.write
+
+    def full(path: Path, *args: Any, **kwargs: Any) -> None:
+        if path.name == "curves.png":
+            raise OSError("no space for the curves")
+        write(path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "write", full)
     at_step(monkeypatch, STEPS + 1, lambda x: x * math.nan)
     assert command(tmp_path / "run") == 1
     assert "the training loss is not finite" in capsys.readouterr().err
@@ -272,6 +292,7 @@ def test_a_drawing_that_fails_does_not_hide_why_a_run_ends(command, tmp_path, mo
         (["--device", "tpu0"], "--device must be cpu, cuda, cuda:N or auto, got 'tpu0'"),
         (["--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
         (["--checkpoint-steps", "0"], "argument --checkpoint-steps: must be 1 to"),
+        (["--output", ""], "argument --output: must name a folder, got ''"),
     ],
 )
 def test_bad_option(options, message, capsys):
@@ -279,6 +300,39 @@ def test_bad_option(options, message, capsys):
         train.main(options)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_printed_to_nobody_is_recorded_before(command, tmp_path, monkeypatch):
+    """The reader of a pipe has gone: rich ends the program."""
+
+    def broken(self: record.Display, line: str) -> None:
+        if "examples/s" in line:
+            raise SystemExit(1)
+
+    monkeypatch.setattr(record.Display, "say", broken)
+    with pytest.raises(SystemExit):
+        command(tmp_path / "run")
+    assert len(metrics(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "3"}, "the environment says RANK=3 of WORLD_SIZE=1: unset both, or start by torchrun"),
+        ({"WORLD_SIZE": "0"}, "the environment says RANK=0 of WORLD_SIZE=0"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE, RANK and LOCAL_RANK, which torchrun sets, must be numbers: invalid"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, and the processes cannot meet: "),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}, "the processes cannot meet"),
+    ],
+)
+def test_a_bad_environment_of_processes_is_named(environment, message, tmp_path, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--device", "cpu", "--output", str(tmp_path / "run")])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
