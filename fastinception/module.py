@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
+from torch.fx.node import has_side_effect
 from torch.nn.modules import module as nn_module
 
 from fastinception import backends, functional
@@ -119,15 +118,22 @@ class FastInception(Inception):
             AssertionError: an ``out`` for a program that ``torch.fx.symbolic_trace`` made.
         """
         if backends.symbolic(x):
-            if out is not None:  # an argument of the program, if the block itself is traced
-                absent = cast(Any, x).tracer.create_proxy("call_function", operator.is_, (out, None), {})
-                torch._assert(absent, "a program that torch.fx made of the block takes no out")
+            _refuse(out)
             return super().forward(x)
         if _edited(self) is None:
             return inception(x, _params(self), backend=self.backend, out=out)
         check_images(x)
         y: Tensor = super().forward(x)
         return y if out is None else copy_into(out, y, (x, *self.parameters()))
+
+
+@has_side_effect
+def _refuse(out: Tensor | None) -> None:
+    """Raise AssertionError for a buffer; in ``torch.fx.symbolic_trace`` have the program do so, which takes it, too."""
+    if backends.symbolic(out):
+        cast(Any, out).tracer.create_proxy("call_function", _refuse, (out,), {})
+    elif out is not None:
+        raise AssertionError("a program that torch.fx made of the block takes no out")
 
 
 def explain(module: FastInception, x: Tensor) -> Path:
@@ -141,7 +147,7 @@ def explain(module: FastInception, x: Tensor) -> Path:
         TypeError, ValueError: what ``module(x)`` would raise.
     """
     if not isinstance(module, FastInception):
-        raise TypeError(f"explain takes a FastInception block and its input, got a {type(module).__qualname__}")
+        raise TypeError(f"explain takes a FastInception block and its input, got {type(module).__qualname__}")
     if (reason := _edited(module)) is not None:
         check_images(x)
         return Path("plain", reason)

@@ -7,11 +7,12 @@ Proxy of torch.fx is no tensor: all of them get the textbook's operators.
 from __future__ import annotations
 
 import io
+import pickle
 
 import pytest
 import torch
 
-from fastinception import FastInception, GoogLeNet, Inception, explain
+from fastinception import FastInception, GoogLeNet, Inception, explain, module
 
 SMALL = (5, 4, (3, 6), (2, 3), 7)
 
@@ -117,7 +118,17 @@ def test_a_symbolic_call_with_a_buffer_is_refused():
     with pytest.raises(AssertionError, match=r"takes no out"):
         program(x, buffer)
     nodes = torch.fx.symbolic_trace(fast, concrete_args={"out": None}).graph.nodes
-    assert not any(node.op == "call_function" and node.target is torch._assert for node in nodes)
+    assert not any(node.target is module._refuse for node in nodes)
+
+
+@pytest.mark.parametrize("again", [torch.fx.symbolic_trace, lambda program: pickle.loads(pickle.dumps(program))])
+def test_a_symbolic_program_can_be_traced_again(again):
+    """As loading one does."""
+    fast, x = block("aten")
+    program = again(again(torch.fx.symbolic_trace(fast)))
+    close(program(x), fast(x))
+    with pytest.raises(AssertionError, match=r"takes no out"):
+        program(x, torch.empty_like(fast(x)))
 
 
 @pytest.mark.parametrize("grad", [True, False])
