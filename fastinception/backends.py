@@ -71,9 +71,13 @@ def check(backend: str) -> str:
     source = "backend"
     if backend == "auto" and (backend := os.environ.get("FASTINCEPTION_BACKEND") or "auto") != "auto":
         source = "the environment variable FASTINCEPTION_BACKEND"
+    _check_known(backend, source)
+    return backend
+
+
+def _check_known(backend: str, source: str = "backend") -> None:
     if backend not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    return backend
 
 
 def environment_error(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -93,8 +97,7 @@ def select(backend: str, x: Tensor, params: Sequence[Tensor]) -> Path:
     Raises:
         ValueError: ``backend`` is unknown, or ``"triton"`` where Triton cannot run ``x``.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    _check_known(backend)
     special = _special(x, params)
     reason = None
     if backend == "triton" or (backend == "auto" and x.device.type == "cuda"):
@@ -122,7 +125,11 @@ def by_triton(backend: str, x: Tensor, *params: Tensor) -> bool:
     """Tell whether Triton computes what the kernels around the blocks serve: eager calls without gradients.
 
     ``"triton"`` asks for it in the interpreter, too; where it cannot run, or does not serve, the answer is False.
+
+    Raises:
+        ValueError: an unknown backend.
     """
+    _check_known(backend)
     if backend == "aten" or (backend == "auto" and x.device.type != "cuda"):
         return False
     operands = x, *params

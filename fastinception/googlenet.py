@@ -80,7 +80,16 @@ class GoogLeNet(nn.Sequential):
         num_classes: int = 10,
     ) -> None:
         def stage(*names: str) -> list[nn.Module]:
-            return [block(*WIDTHS[name]) for name in names]
+            return [make(*WIDTHS[name]) for name in names]
+
+        def make(*widths: Any) -> nn.Module:
+            try:
+                made = block(*widths)
+            except TypeError as error:
+                raise TypeError(f"block must take {', '.join(Widths._fields)}; {block!r} did not: {error}") from error
+            if not isinstance(made, nn.Module):
+                raise TypeError(f"block must make a module, {block!r} made {made!r}")
+            return made
 
         in_channels, num_classes = width("in_channels", in_channels), width("num_classes", num_classes)
         if isinstance(block, nn.Module) or not callable(block):

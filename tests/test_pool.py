@@ -207,6 +207,14 @@ def test_the_environment_chooses_a_pools_backend(value, monkeypatch):
     assert MaxPool2d(3, 2, 1).backend == (value or "auto")
 
 
+@pytest.mark.parametrize("backend", ["ATen", None])
+def test_an_unknown_backend_is_refused_by_the_next_call(backend):
+    pool = MaxPool2d(3, 2, 1)
+    pool.backend = backend
+    with pytest.raises(ValueError, match=f"backend must be one of 'auto', 'triton', 'aten', got {backend!r}"):
+        pool(torch.zeros(1, 1, 4, 4))
+
+
 @needs_interpreter
 @pytest.mark.parametrize("backend", ["auto", "aten"])
 def test_without_a_gpu_triton_is_asked_for(backend, launches):

@@ -132,6 +132,8 @@ def test_block_draws_the_textbooks_initial_weights(block):
         ({"in_channels": -1}, ValueError, "in_channels must be at least 1, got -1"),
         ({"block": "fast"}, TypeError, "block must be a class such as FastInception, or a function, got 'fast'"),
         ({"block": Inception(1, 1, (1, 1), (1, 1), 1)}, TypeError, r"or a function, got Inception\("),
+        ({"block": nn.Linear}, TypeError, "block must take in_channels, c1, c2, c3, c4; .*Linear'> did not: "),
+        ({"block": lambda *widths: None}, TypeError, "block must make a module, .* made None"),
     ],
 )
 def test_what_makes_no_network_is_named(options, error, message):
