@@ -8,7 +8,7 @@ python bench/compare.py --device cuda --dtype bf16 --json result.json --plot res
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,8 +71,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(str(error))
     if args.plot and args.plot.suffix != ".png":
         parser.error(f"--plot writes a .png file, got {args.plot}")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install -e '.[bench]'")
+    if args.plot:
+        try:
+            importlib.import_module("matplotlib.figure")
+        except ModuleNotFoundError:
+            parser.error("--plot needs matplotlib: pip install -e '.[bench]'")
+        except ValueError as error:  # an unknown MPLBACKEND
+            parser.error(f"--plot needs matplotlib, which says: {error}")
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         args.device = torch.device(name)
@@ -152,12 +157,16 @@ def main(argv: list[str] | None = None) -> int:
         if value not in (None, [], {}, False) and name != "spread":
             console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
     result: dict[str, Any] = {}
+    unwritten: list[str] = []
 
     def keep(rows: list[Row], notes: list[str], complete: bool) -> None:
         nonlocal result
         result = {"conditions": about | {"notes": notes, "complete": complete}, "rows": rows}
         if args.json:
-            write_json(result, args.json)
+            try:
+                write_json(result, args.json)
+            except OSError as error:  # a full disk; what is measured is still printed
+                unwritten.append(f"{args.json} cannot be written: {error}")
 
     try:
         rows = run(args, batch, Display(console), keep)
@@ -174,6 +183,9 @@ def main(argv: list[str] | None = None) -> int:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if args.plot:
         plot(result, args.plot)
+    if unwritten:
+        print(f"FAILED: {unwritten[-1]}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -165,7 +165,7 @@ def run_in_processes(part: str, args: argparse.Namespace, deadline: float, recor
             try:
                 status = process.wait(timeout=max(left, 1.0))
             except subprocess.TimeoutExpired:
-                return
+                status = 3  # as of a part that ends for want of time
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)

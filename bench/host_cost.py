@@ -10,6 +10,7 @@ stands what no autograd function in Python goes below: one of as many tensors th
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -126,9 +127,12 @@ def measure(rounds: int = 30, calls: int = 50, compiled: bool = False) -> dict[s
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description="Print the host's microseconds a call of a tiny block, launches stubbed."
-    ).parse_args()
+    )
+    parser.parse_args()
+    if importlib.util.find_spec("triton") is None:
+        parser.error("Triton is not installed")
     os.environ["TRITON_INTERPRET"] = "1"  # here, not on import: it would switch a whole test run to the interpreter
     if (failure := compile_failure(torch.device("cpu"))) is not None:
         print(f"no compiled blocks: torch.compile does not work here: {failure}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -297,6 +298,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, metavar="TABLE", help="default: where the launchers look for it")
     add("--dry-run", action="store_true", help="a tiny block in fp16 on the CPU: tests this script, times nothing")
     args = parser.parse_args(argv)
+    if importlib.util.find_spec("triton") is None:
+        parser.error("Triton is not installed")
     if not args.budget > 0:
         parser.error(f"--budget must be a positive number of seconds, got {args.budget:g}")
     if args.dry_run:

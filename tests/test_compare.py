@@ -625,6 +625,21 @@ def test_json_is_strict_and_replaced_in_one_step(tmp_path: Path, monkeypatch: py
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]
 
 
+@pytest.mark.usefixtures("fast_schedule")
+def test_a_disk_that_fills_up_stops_no_measurement(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compare, "write_json", full)
+    result = tmp_path / "result.json"
+    assert compare.main([*TINY, "--mode", "inference", "--dtype", "fp32", "--json", str(result)]) == 1
+    out, errors = capsys.readouterr()
+    assert "FastInception eager" in out
+    assert f"FAILED: {result} cannot be written: [Errno 28] No space left on device" in errors
+
+
 def test_json_through_a_link_or_into_a_pipe_leaves_both_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -684,6 +699,7 @@ def test_what_a_device_says_is_not_taken_for_too_large_images(monkeypatch: pytes
         (["--json", "no/such/folder/r.json"], "there is no folder"),
         (["--json", str(Path(__file__).parent)], "is a folder"),
         (["--plot", "r.pdf"], ".png"),
+        (["--plot", "r.png"], "matplotlib, which says: Key backend"),
         (["--synthetic", "--data-root", "."], "exclude each other"),
     ],
 )
@@ -696,7 +712,11 @@ def test_a_bad_option_ends_with_status_2_before_any_work(
     def work(*_: Any, **__: Any) -> None:
         raise AssertionError("work began")
 
+    def unknown(name: str) -> None:
+        raise ValueError("Key backend: 'inline' is not a valid value")
+
     monkeypatch.setattr(compare, "load_batch", work)
+    monkeypatch.setattr(compare.importlib, "import_module", unknown)
     with pytest.raises(SystemExit) as stop:
         compare.main(options)
     assert stop.value.code == 2

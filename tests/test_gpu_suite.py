@@ -189,6 +189,31 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(
         assert good["finished"] is True
 
 
+class Overdue:
+    """A part's process that has recorded a failed row, and runs on when the budget ends."""
+
+    pid = 2**31 - 1
+
+    def __init__(self, command: list[str], **_: Any) -> None:
+        about = gpu_suite.conditions(torch.device("cpu")) | {"dry": True, "cudnn_benchmark": True}
+        record = gpu_suite.Record("slow", Path(command[command.index("--output") + 1]), about)
+        failed = {"rows": [{"variant": "plain", "failed": "too large"}], "seconds": 1.0}
+        record.write(cases={"first": failed}, running="second")
+
+    def wait(self, timeout: float) -> int:
+        raise subprocess.TimeoutExpired("a slow case", timeout)
+
+
+def test_what_a_part_recorded_before_the_budget_ended_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = mock.Mock(wraps=subprocess, Popen=Overdue, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(gpu_suite, "subprocess", started)
+    monkeypatch.setattr(gpu_suite, "PARTS", {"slow": None})
+    assert gpu_suite.main(["--dry-run", "--output", str(tmp_path / "out")]) == 1
+    assert "FAILED: slow, first, plain: too large" in capsys.readouterr().err
+
+
 def test_a_budget_that_is_spent_starts_nothing_and_says_so(
     tmp_path: Path, no_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
