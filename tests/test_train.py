@@ -295,7 +295,8 @@ def test_a_picture_that_cannot_be_written_does_not_hide_why_a_run_ends(command, 
         (["--output", ""], "argument --output: must name a folder, got ''"),
     ],
 )
-def test_bad_option(options, message, capsys):
+def test_bad_option(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(train, "_train", lambda *args: pytest.fail("it went on"))
     with pytest.raises(SystemExit) as caught:
         train.main(options)
     assert caught.value.code == 2
