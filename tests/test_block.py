@@ -23,7 +23,7 @@ from bench import memory
 from fastinception import FastInception, Inception
 from fastinception.googlenet import WIDTHS
 from fastinception.kernels import block as launches
-from fastinception.kernels import configs, entry, epilogue, target, weight_gradient
+from fastinception.kernels import configs, entry, epilogue, split, target, weight_gradient
 
 DEVICE = "cpu" if target.interpreted() else "cuda"
 SMALL = (16, 9, (4, 8), (3, 5), 7)
@@ -324,6 +324,26 @@ def test_what_the_compiler_is_told_holds(monkeypatch, size, format):
     # Of taps, as far as 8 divides the channels, and of pixels.
     constant = {n for name, *_, n in told if name == "tt.constancy"}
     assert constant == ({1, 8, run} if format is torch.contiguous_format else {1, 8})
+
+
+@pytest.mark.parametrize(
+    ("strides", "run"),
+    [
+        ((768, 32, 8, 1), 16),  # contiguous
+        ((776, 32, 8, 1), 8),
+        ((864, 36, 8, 1), 4),
+        ((770, 32, 8, 1), 1),  # pairs are none
+        ((960, 40, 10, 1), 0),  # lines apart
+        ((1536, 64, 16, 2), 0),
+        ((768, 1, 192, 24), 0),
+    ],
+)
+def test_a_gradients_run_divides_all_its_distances(strides, run):
+    """Which is as much as the compiler may be told of the addresses of any gradient of 4x8 pixels."""
+    launch = split._launch(
+        (split.Branch(24, 0, 0, 24, 0),), torch.Size((2, 24, 4, 8)), strides, 3, True, target.gpu(torch.device("cpu"))
+    )
+    assert launch.constants["RUN"] == run
 
 
 @pytest.mark.parametrize("odd", range(7))

@@ -137,7 +137,8 @@ def test_tiles_get_smaller_while_all_run_at_once(rows, columns, processors, size
         ((64, 128), 16, "sm_90", (64, 16)),  # for few pixels
         ((256, 128), 32, "sm_90", (256, 32)),
         ((128, 128), 32, "gfx942", (128, 32)),  # no shared memory for more
-        ((128, 128), 32, "sm_89", (128, 32)),
+        *(((128, 128), 32, chip, (256, 32)) for chip in ("sm_100", "sm_103")),
+        *(((128, 128), 32, chip, (128, 32)) for chip in ("sm_86", "sm_89", "sm_120")),
     ],
 )
 def test_a_tile_of_a_quarter_of_the_channels_has_twice_the_pixels(sizes, channels, chip, tile):

@@ -184,18 +184,23 @@ def test_empty_batch_is_the_plain_blocks(backend, layout):
 
 
 @pytest.mark.parametrize(
-    ("pixels", "reason"),
+    ("pixels", "c2", "c3", "reason"),
     [
-        (2**31, "the kernels count at most 2147479552 pixels"),
-        (89478485, "at most 89478484 pixels of 6 channels in a row, and there are 89478485"),
-        (89478484, None),
+        (2**31, (3, 6), (2, 3), "the kernels count at most 2147479552 pixels"),
+        (89478484, (6, 6), (6, 6), None),
+        *(
+            (89478485, c2, c3, "at most 89478484 pixels of 6 channels in a row, and there are 89478485")
+            for c2, c3 in (((6, 3), (2, 3)), ((3, 6), (2, 3)), ((3, 2), (6, 3)), ((3, 2), (3, 6)))
+        ),
+        (536870911, (1, 1), (1, 1), "at most 536870910 pixels of 1 channels"),  # by the last of the five pixels alone
     ],
 )
-def test_what_is_beyond_the_kernels_integers_is_not_theirs(pixels, reason):
+def test_what_is_beyond_the_kernels_integers_is_not_theirs(pixels, c2, c3, reason):
     x = torch.zeros(1).expand(1, 5, 1, pixels)
-    assert explain(block("aten"), x).name == "aten"
+    assert explain(FastInception(5, 4, c2, c3, 7, backend="aten"), x).name == "aten"
+    fast = FastInception(5, 4, c2, c3, 7, backend="triton")
     if reason is None:
-        assert explain(block("triton"), x).name == "triton"
+        assert explain(fast, x).name == "triton"
     else:
         with pytest.raises(ValueError, match=f"backend='triton' cannot run here: .*{reason}"):
-            explain(block("triton"), x)
+            explain(fast, x)

@@ -75,9 +75,10 @@ def test_windows_of_nothing_but_minus_infinity(backend):
     x = torch.randn(2, 5, 6, 6)
     x[0, :, :3, :3] = float("-inf")
     for block in (plain, fast):
-        with torch.no_grad():  # -inf times positive weights only: -inf, and not NaN
-            for name in ("p1_1", "p2_1", "p3_1", "p4_2"):
+        with torch.no_grad():  # -inf times weights of one sign: no NaN, and inf where branch 4 has to be active
+            for name in ("p1_1", "p2_1", "p3_1"):
                 getattr(block, name).weight.abs_()
+            block.p4_2.weight.abs_().neg_()
     check_same(plain, fast, x, torch.randn(2, 20, 6, 6))
 
 
@@ -158,6 +159,7 @@ GRADS = {
     "of average pooling": lambda shape: torch.randn(shape[0], shape[1], 1, 1).expand(shape),
     "slice of a cat": lambda shape: torch.randn(shape[0], shape[1] + 9, *shape[2:])[:, 4 : 4 + shape[1]],
     "permuted": lambda shape: torch.randn(shape[1], shape[3], shape[0], shape[2]).permute(2, 0, 3, 1),
+    "of padding": lambda shape: torch.randn(shape[0], shape[1], shape[2] + 3, shape[3] + 2)[:, :, 1:-2, 1:-1],
     "stepped": lambda shape: torch.randn(shape[0], shape[1], 2 * shape[2], 2 * shape[3])[:, :, ::2, ::2],
     "channels_last": lambda shape: torch.randn(shape).contiguous(memory_format=torch.channels_last),
 }
