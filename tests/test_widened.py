@@ -79,7 +79,8 @@ def test_gradients_round_once(dtype, compiled):
     expected = torch.autograd.grad(exact(wide), [wide, *exact.parameters()], grad.double())
     for own, theirs in zip(found, expected, strict=True):
         assert own.dtype is dtype
-        assert (own.double() - theirs).norm() <= ROUNDOFF[dtype] * theirs.norm()
+        allowed = (1.01 * ROUNDOFF[dtype]) * theirs.abs() + 1e-6 * theirs.abs().max()  # the last is float32's
+        assert ((own.double() - theirs).abs() / allowed).max() <= 1
 
 
 def test_nothing_is_computed_in_the_slower_dtype():
@@ -134,7 +135,7 @@ def test_other_paths_are_left_alone(monkeypatch):
     """Float32, another activation, an exported program; and with products of its own, the dtype itself."""
     _, fast, x = half_block(torch.bfloat16)
     params = [p.detach() for p in _params(fast)]
-    assert inception(x, params, activation="none").dtype is x.dtype
+    assert convolved(lambda: inception(x, params, activation="none")) == {torch.bfloat16}
     exported = torch.export.export(Conv2d(24, 4, 1).bfloat16(), (x,))
     assert [str(node.target) for node in exported.graph.nodes if node.op == "call_function"] == ["aten.conv2d.default"]
     monkeypatch.setattr(backends, "_WIDENED", {})
@@ -203,11 +204,13 @@ def test_which_dtypes_are_widened(cpu, products, expected, monkeypatch):
     assert backends._widened(cpu) == {}
 
 
-def test_only_a_cpu_is_slower():
+def test_only_a_cpu_is_slower(monkeypatch):
+    monkeypatch.setattr(backends, "_WIDENED", {torch.bfloat16: 256, torch.float16: 0})
     for device, expected in (("cpu", True), ("meta", False)):
-        assert backends.is_slower(torch.bfloat16, torch.device(device)) is expected
-        assert backends.is_emulated(torch.bfloat16, torch.device(device)) is expected
-        assert backends.widened(torch.bfloat16, torch.empty(1, device=device)) is expected
+        for dtype in HALVES:
+            assert backends.is_slower(dtype, torch.device(device)) is expected
+            assert backends.is_emulated(dtype, torch.device(device)) is (expected and dtype is torch.float16)
+            assert backends.widened(dtype, torch.empty(1, device=device)) is expected
     assert not backends.is_slower(torch.float64, torch.device("cpu"))
 
 
@@ -253,8 +256,9 @@ def test_a_trace_widens_whatever_comes(monkeypatch):
     """It keeps what one batch did, and warns wherever a shape is looked at."""
     monkeypatch.setattr(backends, "_WIDENED", {torch.bfloat16: 2**20})
     conv, x = Conv2d(24, 4, 3).bfloat16(), torch.randn(2, 24, 7, 6).bfloat16()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", torch.jit.TracerWarning)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", torch.jit.TracerWarning)
         traced = torch.jit.trace(conv, (x,))
+    assert not [str(warning.message) for warning in caught if warning.category is torch.jit.TracerWarning]
     assert "aten::to" in str(traced.graph)
     torch.testing.assert_close(traced(x), conv(x), rtol=2e-2, atol=1e-2)
