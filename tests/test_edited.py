@@ -204,6 +204,15 @@ def test_an_edit_behind_the_first_compiled_call_counts(edit):
     assert noticed[0] or "hook" in edit or "class" in edit
 
 
+def test_a_pool_that_returns_indices_fails_as_in_the_plain_block():
+    *blocks, x = pair()
+    for block in blocks:
+        block.p4_1.return_indices = True
+        with pytest.raises(TypeError, match=r"got \(tuple, "):
+            block(x)
+    assert explain(blocks[1], x).reason.endswith("return_indices=True")
+
+
 def undo_forward(block):
     del block.p4_2.forward
 

@@ -96,17 +96,21 @@ def test_each_launch_is_marked_in_order_and_still_happens() -> None:
         block.entry()
 
     class Timer(timing.HostTimer):
+        late = 3  # of what was timed before
+
         def mark(self, run: timing.Run) -> tuple[float, float]:
             run()
             return 0.0, 1.0
 
         def read(self, launch: Any) -> list[float]:
             block.out.fill_(torch.nan)
+            self.late += 1
             return [(end - start) * (i + 1) for i, (start, end) in enumerate(launch())]
 
     rows = timing.each_launch(run, Timer(torch.device("cpu")))
     assert [row["kernel"] for row in rows] == ["_spatial_kernel", "_spatial_kernel", "_entry_kernel"]
     assert [row["dry_us"] for row in rows] == [1e6, 2e6, 3e6]
+    assert [row["host_late"] for row in rows] == [2] * 3
     assert block.out.isfinite().all()
 
 
@@ -146,6 +150,8 @@ def test_events_are_milliseconds_and_the_host_gets_ahead(monkeypatch: pytest.Mon
     assert timer.cold(lambda: None, 1) == [0.25e-3]
     assert slept[-1] == timing.MOST_HEAD_START
     assert timing._noted(timer, 0) == {"host_late": 1}
+    figures = timing.measure({"late": lambda: None}, timer, cold=True, seconds=0.0)["late"]
+    assert (figures["host_late"], timer.late) == (5, 6)  # its own, not the one before
     assert timing.summary([1e-6, 2e-6, 3e-6, 4e-6, 5e-6], "us") == {"us": 3, "quartiles_us": [2, 4], "samples": 5}
 
 
