@@ -174,12 +174,14 @@ UNSERVED = {
 
 
 @needs_interpreter
-@pytest.mark.parametrize("change", ["nothing", "settings", "ceil", "indices", *UNSERVED, "autocast", "compiled"])
+@pytest.mark.parametrize(
+    "change", ["nothing", "settings", "dilation", "ceil", "indices", *UNSERVED, "autocast", "compiled"]
+)
 def test_what_triton_does_not_serve_is_torchs_own(change, launches):
     x = UNSERVED.get(change, Tensor.detach)(torch.randn(2, 5, 8, 6).contiguous(memory_format=torch.channels_last))
-    settings = {"settings": {"stride": 1}, "ceil": {"ceil_mode": True}, "indices": {"return_indices": True}}
-    run = half(**settings.get(change, {}))
-    own = nn.MaxPool2d(run.kernel_size, run.stride, run.padding, 1, run.return_indices, run.ceil_mode)
+    settings = {"settings": {"stride": 1}, "dilation": {"dilation": 2}, "ceil": {"ceil_mode": True}}
+    run = half(**settings.get(change, {}), return_indices=change == "indices")
+    own = nn.MaxPool2d(run.kernel_size, run.stride, run.padding, run.dilation, run.return_indices, run.ceil_mode)
     if change == "vmap":
         run, own = torch.vmap(run), torch.vmap(own)
     if change == "compiled":
