@@ -340,10 +340,10 @@ def test_what_the_compiler_is_told_holds(monkeypatch, size, format):
 )
 def test_a_gradients_run_divides_all_its_distances(strides, run):
     """Which is as much as the compiler may be told of the addresses of any gradient of 4x8 pixels."""
-    launch = split._launch(
+    config = split._launch_config(
         (split.Branch(24, 0, 0, 24, 0),), torch.Size((2, 24, 4, 8)), strides, 3, True, target.gpu(torch.device("cpu"))
     )
-    assert launch.constants["RUN"] == run
+    assert config.constants["RUN"] == run
 
 
 @pytest.mark.parametrize("odd", range(7))
