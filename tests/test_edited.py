@@ -370,7 +370,7 @@ def test_explain_says_why_for_every_path():
 def test_explain_refuses_what_has_no_path():
     plain, fast, x = pair()
     for module, named in ((plain, "Inception"), (nn.Sequential(fast), "Sequential"), (None, "NoneType")):
-        with pytest.raises(TypeError, match=f"takes a FastInception block and its input, got a {named}"):
+        with pytest.raises(TypeError, match=f"takes a FastInception block and its input, got {named}"):
             explain(module, x)
 
 
