@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import DTYPES, side_of
-from fastinception.googlenet import Widths
+from fastinception.googlenet import GoogLeNet, Widths
 from fastinception.reference import Inception
 
 Run = Callable[[], Sequence[Tensor]]
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
         return self.batch * self.side**2
 
     def passes(self, device: torch.device) -> dict[str, Run]:
-        """Return what is timed, by name, on channels_last operands."""
+        """Return what is timed, by name, on channels_last operands; with the first block the stem's launch, too."""
         torch.manual_seed(0)
         net = Inception(*self.widths).to(device, DTYPES[self.dtype]).to(memory_format=torch.channels_last)
         params = [p.detach() for p in net.parameters()]
@@ -48,11 +48,28 @@ class Shape(NamedTuple):
         forward, backward = torch.ops.fastinception.triton_forward, torch.ops.fastinception.triton_backward
         out, *saved = forward(x, *params)
         grad = torch.randn_like(out)
-        return {
+        passes: dict[str, Run] = {
             "inference": lambda: torch.ops.fastinception.triton_inference(x, *params, True),
             "training": lambda: forward(x, *params),
             "backward": lambda: backward(grad, x, *params, *saved, [True] * 13),
         }
+        return passes | {"stem": self._stem(device)} if self.block == "3a" else passes
+
+    def _stem(self, device: torch.device) -> Run:
+        """Return the 1x1 convolution with ReLU behind GoogLeNet's first pool, which eager inference launches."""
+        from fastinception.kernels.spatial import Conv, spatial
+
+        conv = GoogLeNet()[1][0].to(device, DTYPES[self.dtype]).requires_grad_(False)
+        side = -(-self.image_size // 4)
+        shape = self.batch, conv.in_channels, side, side
+        x = torch.randn(shape, device=device).relu().to(conv.weight.dtype, memory_format=torch.channels_last)
+
+        def run() -> Sequence[Tensor]:
+            out = torch.empty_like(x)
+            spatial([Conv(x, conv.weight, conv.bias, column=0)], out, None)
+            return [out]
+
+        return run
 
 
 TINY = Shape("tiny", Widths(16, 8, (8, 8), (8, 8), 8), 2, 32, "fp16")  # for Triton's interpreter

@@ -21,7 +21,7 @@ from triton.runtime.errors import OutOfResources
 
 from bench import trial, tune
 from bench.report import Display
-from fastinception import GoogLeNet, Inception
+from fastinception import FastInception, GoogLeNet, Inception
 from fastinception.googlenet import WIDTHS
 from fastinception.kernels import configs, target
 
@@ -44,6 +44,24 @@ def test_blocks_are_tuned_at_the_sizes_that_the_network_has(image_size):
     net(torch.empty(1, 1, image_size, image_size, device="meta"))
     shapes = [trial.Shape(block, widths, 1, image_size) for block, widths in WIDTHS.items()]
     assert [(shape.side, shape.side) for shape in shapes] == found
+
+
+def test_what_the_stem_launches_is_tuned_too(monkeypatch):
+    """Else a whole table would have no entry near it, and warn."""
+    asked, choose = [], configs.choose
+    monkeypatch.setattr(configs, "choose", lambda *key: asked.append(key) or choose(*key))
+    run = trial.Shape("3a", WIDTHS["3a"], 1, 32, "fp16").passes(CPU)["stem"]
+    configs.forget()
+    asked.clear()
+    (out,) = run()
+    assert out.count_nonzero() > 0
+    (tuned,) = asked
+    configs.forget()
+    asked.clear()
+    net = GoogLeNet(lambda *widths: FastInception(*widths, backend="triton")).half().eval()
+    with torch.no_grad():
+        net[:2].to(memory_format=torch.channels_last)(torch.rand(1, 1, 32, 32).half())
+    assert asked == [tuned]
 
 
 class FakeTimer:
