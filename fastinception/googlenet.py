@@ -47,10 +47,10 @@ class GoogLeNet(nn.Sequential):
     No dropout, no auxiliary heads, no batch normalisation.
 
     Around ``FastInception`` the stem's ReLUs come after the max pools: the same numbers and gradients, as a maximum and
-    a ReLU commute, from a quarter of the elements. Its pools and convolutions are
-    :class:`fastinception.MaxPool2d` and :class:`fastinception.Conv2d`. On a CPU a large batch passes each of the
-    stem's pools in parts; by Triton, in eager inference, bias, pool and ReLU are one launch. The pools have the first
-    block's backend.
+    a ReLU commute, from a quarter of the elements; not every activation put in their place would. Its pools and
+    convolutions are :class:`fastinception.MaxPool2d` and :class:`fastinception.Conv2d`. On a CPU a large batch passes
+    each of the stem's pools in parts; by Triton, in eager inference, bias, pool and ReLU are one launch. The pools have
+    the first block's backend.
 
     Args:
         block: called as ``block(in_channels, c1, c2, c3, c4)`` for each of the nine blocks: ``Inception``
