@@ -121,10 +121,18 @@ def test_a_symbolic_call_with_a_buffer_is_refused():
     assert not any(node.target is module._refuse for node in nodes)
 
 
-@pytest.mark.parametrize("again", [torch.fx.symbolic_trace, lambda program: pickle.loads(pickle.dumps(program))])
+def loaded(program):
+    return pickle.loads(pickle.dumps(program))
+
+
+@pytest.mark.parametrize("again", [torch.fx.symbolic_trace, loaded])
 def test_a_symbolic_program_can_be_traced_again(again):
     """As loading one does."""
     fast, x = block("aten")
+    try:
+        again(torch.fx.symbolic_trace(Inception(*SMALL)))
+    except AttributeError as error:
+        pytest.skip(f"nor does this torch load the plain block's program: {error}")
     program = again(again(torch.fx.symbolic_trace(fast)))
     close(program(x), fast(x))
     with pytest.raises(AssertionError, match=r"takes no out"):
