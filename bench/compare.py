@@ -157,16 +157,17 @@ def main(argv: list[str] | None = None) -> int:
         if value not in (None, [], {}, False) and name != "spread":
             console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
     result: dict[str, Any] = {}
-    unwritten: list[str] = []
+    unwritten = ""
 
     def keep(rows: list[Row], notes: list[str], complete: bool) -> None:
-        nonlocal result
+        nonlocal result, unwritten
         result = {"conditions": about | {"notes": notes, "complete": complete}, "rows": rows}
         if args.json:
             try:
                 write_json(result, args.json)
+                unwritten = ""  # this time all of it
             except OSError as error:  # a full disk; what is measured is still printed
-                unwritten.append(f"{args.json} cannot be written: {error}")
+                unwritten = f"{args.json} cannot be written: {error}"
 
     try:
         rows = run(args, batch, Display(console), keep)
@@ -184,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.plot:
         plot(result, args.plot)
     if unwritten:
-        print(f"FAILED: {unwritten[-1]}", file=sys.stderr)
+        print(f"FAILED: {unwritten}", file=sys.stderr)
         return 1
     return 0
 

@@ -76,12 +76,13 @@ def _parser() -> argparse.ArgumentParser:
             raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
         return value
 
-    def folder(text: str) -> Path:
-        if not text:  # an unset variable; Path would take it for the current folder
-            raise argparse.ArgumentTypeError("must name a folder, got ''")
+    rate.__name__ = "float"
+
+    def path(text: str) -> Path:
+        if not text:  # of an unset variable; Path would take it for the current folder
+            raise argparse.ArgumentTypeError("must not be empty")
         return Path(text)
 
-    rate.__name__ = "float"
     add = parser.add_argument
     add("--block", choices=tuple(BLOCKS), help="FastInception or the textbook's block (default: fast)")
     compiled = "call the network through torch.compile (default: on a GPU where Triton is installed)"
@@ -97,13 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=integer(0), help="of the weights and of each epoch's order (default: 0)")
     add("--limit", type=integer(1), metavar="N", help="the first N images of each split only")
     add("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda if there is one (default)")
-    add("--data-root", type=Path, help="folder with Fashion-MNIST's *-ubyte.gz files")
-    add("--output", type=folder, metavar="DIR", help="default: runs/train, or where the resumed checkpoint lies")
+    add("--data-root", type=path, help="folder with Fashion-MNIST's *-ubyte.gz files")
+    add("--output", type=path, metavar="DIR", help="default: runs/train, or where the resumed checkpoint lies")
     add(
         "--resume",
         nargs="?",
         const=True,
-        type=Path,
+        type=path,
         metavar="CHECKPOINT",
         help="go on with the run in --output, from its newest checkpoint or from the one, or the folder, that is given",
     )

@@ -640,6 +640,25 @@ def test_a_disk_that_fills_up_stops_no_measurement(
     assert f"FAILED: {result} cannot be written: [Errno 28] No space left on device" in errors
 
 
+@pytest.mark.usefixtures("fast_schedule")
+@pytest.mark.parametrize("full", [[True, True], [True, False], [False, True]])
+def test_a_file_that_was_written_at_last_holds_all(
+    full: list[bool], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    times = iter(full)
+
+    def write(*_: Any) -> None:
+        if next(times):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compare, "write_json", write)
+    monkeypatch.setattr(compare.Comparison, "group", lambda self, mode, dtype: [_row("plain", 1.0, mode, dtype)])
+    result = tmp_path / "result.json"
+    status = compare.main([*TINY, "--mode", "both", "--dtype", "fp32", "--json", str(result)])
+    assert list(times) == []
+    assert (status, "cannot be written" in capsys.readouterr().err) == (int(full[-1]), full[-1])
+
+
 def test_json_through_a_link_or_into_a_pipe_leaves_both_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

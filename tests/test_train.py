@@ -292,7 +292,7 @@ def test_a_picture_that_cannot_be_written_does_not_hide_why_a_run_ends(command, 
         (["--device", "tpu0"], "--device must be cpu, cuda, cuda:N or auto, got 'tpu0'"),
         (["--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
         (["--checkpoint-steps", "0"], "argument --checkpoint-steps: must be 1 to"),
-        (["--output", ""], "argument --output: must name a folder, got ''"),
+        *(([name, ""], f"argument {name}: must not be empty") for name in ("--output", "--resume", "--data-root")),
     ],
 )
 def test_bad_option(options, message, monkeypatch, capsys):

@@ -345,6 +345,11 @@ def refused(arguments: list[str], message: str, capsys: Any) -> None:
     assert re.search(message, said), said
 
 
+def test_a_missing_triton_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune.importlib.util, "find_spec", lambda name: None)
+    refused(["--dry-run", "--output", str(tmp_path / "cpu.json")], "Triton is not installed", capsys)
+
+
 def test_a_pass_is_in_the_table_before_its_block_is_finished(make, tmp_path, monkeypatch):
     tuner = make()
     tuner.table = tmp_path / "table.json"
