@@ -136,6 +136,10 @@ def _join(name: str, parser: argparse.ArgumentParser) -> World:
             parser.error(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)
     if size > 1:
+        # The functions of this module have the default group of its import as an argument's default. Imported by
+        # DistributedDataParallel, after the start, it would keep our group and its threads alive, and the interpreter's
+        # end then aborts now and then.
+        importlib.import_module("torch.distributed.nn.functional")
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         except ValueError as error:  # MASTER_ADDR and the like are missing, or wrong
