@@ -35,10 +35,18 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def as_in_a_process_of_its_own(usual_few):
-    """Runs in this process and in others are compared bit for bit."""
+    """Runs in this process and in others are compared bit for bit.
+
+    On one thread, as in a worker of xdist: the images are so small that the last blocks see one pixel, and of one pixel
+    in one image oneDNN's gradients on two threads differ from call to call.
+    """
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(functional, "FEW", usual_few)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
         yield
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
