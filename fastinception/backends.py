@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -266,6 +266,17 @@ def special_state() -> str | None:
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() and _counted():
         return "FlopCounterMode counts standard operators only"
     return None
+
+
+def refuse_script(module: nn.Module) -> NoReturn:
+    """Raise TypeError: the ``__prepare_scriptable__`` of modules whose forward ``torch.jit.script`` cannot compile.
+
+    Another module, returned here, would take this one's place in the caller's network, too.
+    """
+    raise TypeError(
+        f"torch.jit.script cannot compile {type(module).__qualname__}: use torch.jit.trace, torch.export or "
+        "torch.compile, or load the weights into the plain network and script that"
+    )
 
 
 def _counted() -> bool:

@@ -31,6 +31,8 @@ class Conv2d(nn.Conv2d):
         As ``torch.nn.Conv2d``: ``[N, C, H, W]`` to ``[N, out_channels, H_out, W_out]``.
     """
 
+    __prepare_scriptable__ = backends.refuse_script
+
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor):  # a torch.fx.Proxy, or an error that is torch's
             return super().forward(input)

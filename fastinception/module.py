@@ -59,6 +59,7 @@ class FastInception(Inception):
     """
 
     backend: str
+    __prepare_scriptable__ = backends.refuse_script
 
     def __init__(
         self,

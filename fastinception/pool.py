@@ -32,6 +32,7 @@ class MaxPool2d(nn.MaxPool2d):
     """
 
     backend: str = "auto"
+    __prepare_scriptable__ = backends.refuse_script
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

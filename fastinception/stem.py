@@ -50,6 +50,8 @@ class Stage(nn.Sequential):
     int64 index for each maximum.
     """
 
+    __prepare_scriptable__ = backends.refuse_script
+
     def forward(self, input: Tensor) -> Tensor:
         layers = list(self)
         if [type(layer) for layer in layers[-3:]] != [Conv2d, MaxPool2d, nn.ReLU]:

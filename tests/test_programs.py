@@ -12,7 +12,7 @@ import pickle
 import pytest
 import torch
 
-from fastinception import FastInception, GoogLeNet, Inception, explain, module
+from fastinception import Conv2d, FastInception, GoogLeNet, Inception, MaxPool2d, explain, module
 
 SMALL = (5, 4, (3, 6), (2, 3), 7)
 
@@ -76,6 +76,26 @@ def test_traced_and_optimized(case):
         optimized = torch.jit.optimize_for_inference(torch.jit.trace(fast, x))
         close(optimized(x), expected)
         close(optimized(more), expected_more)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: FastInception(*SMALL), "FastInception"),
+        (lambda: Conv2d(3, 4, 3), "Conv2d"),
+        (lambda: MaxPool2d(3), "MaxPool2d"),
+        (lambda: GoogLeNet(FastInception), "Stage"),
+    ],
+)
+@pytest.mark.parametrize("within", [False, True])
+def test_script_is_refused_and_changes_nothing(make, name, within):
+    net = torch.nn.Sequential(torch.nn.ReLU(), make()) if within else make()
+    before = list(net.named_modules())
+    with pytest.raises(
+        TypeError, match=f"^torch.jit.script cannot compile {name}: use torch.jit.trace, .* plain network"
+    ):
+        torch.jit.script(net)
+    assert list(net.named_modules()) == before
 
 
 def test_a_block_is_fast_again_behind_a_trace():
