@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import faulthandler
 import gc
+import importlib.util
 import json
 import os
 import signal
@@ -81,6 +82,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--in-process", action="store_true", help="run the parts in this process, for a debugger")
     args = parser.parse_args(argv)
     args.output = args.output.resolve()
+    if importlib.util.find_spec("triton") is None:
+        parser.error("Triton is not installed")
     if not args.budget > 0:
         parser.error(f"--budget must be a positive number of seconds, got {args.budget:g}")
     if args.output.exists() and not args.output.is_dir():

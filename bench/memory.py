@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -132,6 +133,8 @@ if __name__ == "__main__":
     parser.add_argument("spec", nargs="?", type=json.loads, help="JSON from in_fresh_process, which it asks")
     if spec := parser.parse_args().spec:
         main(spec)
+    elif importlib.util.find_spec("triton") is None:
+        parser.error("Triton is not installed")
     else:
         os.environ["TRITON_INTERPRET"] = "1"  # before the first use of Triton
         print_saved_by_blocks()

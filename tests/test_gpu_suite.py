@@ -281,6 +281,16 @@ def test_bad_options_are_named(
     assert message in capsys.readouterr().err
 
 
+def test_a_missing_triton_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_suite.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        gpu_suite.main(["--dry-run", "--output", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "Triton is not installed" in capsys.readouterr().err
+
+
 def test_results_of_another_commit_are_not_mixed_in(
     tmp_path: Path, no_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
