@@ -157,24 +157,27 @@ def main(argv: list[str] | None = None) -> int:
         if value not in (None, [], {}, False) and name != "spread":
             console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
     result: dict[str, Any] = {}
-    unwritten = ""
+    unwritten: dict[Path, OSError] = {}  # a full disk; what is measured is still printed
 
     def keep(rows: list[Row], notes: list[str], complete: bool) -> None:
-        nonlocal result, unwritten
+        nonlocal result
         result = {"conditions": about | {"notes": notes, "complete": complete}, "rows": rows}
         if args.json:
+            unwritten.pop(args.json, None)
             try:
                 write_json(result, args.json)
-                unwritten = ""  # this time all of it
-            except OSError as error:  # a full disk; what is measured is still printed
-                unwritten = f"{args.json} cannot be written: {error}"
+            except OSError as error:
+                unwritten[args.json] = error
 
     try:
         rows = run(args, batch, Display(console), keep)
     except Disagreement as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # A CPU's allocator has no exception of its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         print(f"FAILED: --batch-size {args.batch_size} does not fit: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -183,11 +186,13 @@ def main(argv: list[str] | None = None) -> int:
     for line in filter(None, (cross_precision(mode, rows) for mode in modes(args))):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if args.plot:
-        plot(result, args.plot)
-    if unwritten:
-        print(f"FAILED: {unwritten}", file=sys.stderr)
-        return 1
-    return 0
+        try:
+            plot(result, args.plot)
+        except OSError as error:
+            unwritten[args.plot] = error
+    for path, error in unwritten.items():
+        print(f"FAILED: {path} cannot be written: {error}", file=sys.stderr)
+    return 1 if unwritten else 0
 
 
 if __name__ == "__main__":

@@ -633,11 +633,22 @@ def test_a_disk_that_fills_up_stops_no_measurement(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(compare, "write_json", full)
-    result = tmp_path / "result.json"
-    assert compare.main([*TINY, "--mode", "inference", "--dtype", "fp32", "--json", str(result)]) == 1
+    monkeypatch.setattr(compare, "plot", full)
+    files = ["--json", str(tmp_path / "result.json"), "--plot", str(tmp_path / "result.png")]
+    assert compare.main([*TINY, "--mode", "inference", "--dtype", "fp32", *files]) == 1
     out, errors = capsys.readouterr()
     assert "FastInception eager" in out
-    assert f"FAILED: {result} cannot be written: [Errno 28] No space left on device" in errors
+    for path in files[1::2]:
+        assert f"FAILED: {path} cannot be written: [Errno 28] No space left on device" in errors
+
+
+@pytest.mark.usefixtures("fast_schedule")
+def test_a_batch_that_does_not_fit_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare.Comparison, "group", lambda self, mode, dtype: torch.empty(1 << 45))
+    assert compare.main([*TINY, "--mode", "inference"]) == 1
+    assert "FAILED: --batch-size 2 does not fit: " in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("fast_schedule")
