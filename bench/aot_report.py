@@ -37,38 +37,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+try:
+    import triton
+except ModuleNotFoundError:
+    sys.exit("Triton is not installed")
+
+from bench import aot
 from bench.harness import DTYPES, LAYOUTS
 from bench.record import check_writable, commit, write_json
 from fastinception.googlenet import WIDTHS
 from fastinception.kernels import target
 
-CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
-KERNELS = (
-    "entry", "spatial",
-    "split", "data_gradient", "pool_gradient", "entry_gradient", "weight_gradient", "sum",
-)  # fmt: skip
 KEY = ("chip", "block", "images", "layout", "dtype", "mode", "kernel")
 
 
-def _measure(case: tuple[str, ...], kernels: tuple[str, ...]) -> list[dict[str, Any]]:
-    from bench import aot
-
-    return aot.measure(aot.Case(*case), kernels)
-
-
-def _cases(args: argparse.Namespace) -> list[tuple[str, ...]]:
+def _cases(args: argparse.Namespace) -> list[aot.Case]:
     """Return the product of what was asked for; where no blocks were named, two stand for all but on sm_90."""
-    return [
-        case
-        for case in itertools.product(
-            args.chips, args.blocks or WIDTHS, args.dtypes, args.mode, [args.images], args.layout
-        )
-        if args.blocks or case[0] == "sm_90" or case[1] in ("3a", "4e")
-    ]
+    asked = args.chips, args.blocks or WIDTHS, args.dtypes, args.mode, [args.images], args.layout
+    cases = [aot.Case(*case) for case in itertools.product(*asked)]
+    return [case for case in cases if args.blocks or case.chip == "sm_90" or case.block in ("3a", "4e")]
 
 
-def _run(cases: list[tuple[str, ...]], kernels: tuple[str, ...], jobs: int) -> Iterator[list[dict[str, Any]]]:
-    measure = partial(_measure, kernels=kernels)
+def _run(cases: list[aot.Case], kernels: list[str], jobs: int) -> Iterator[list[dict[str, Any]]]:
+    measure = partial(aot.measure, kernels=kernels)
     if jobs == 1:
         yield from map(measure, cases)
         return
@@ -139,7 +130,8 @@ def _images(text: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=CHIPS, metavar="CHIP", help=" ".join(CHIPS))
+    chips, kernels = list(aot.CHIPS), list(aot.KERNELS)
+    parser.add_argument("--chips", nargs="+", choices=chips, default=chips, metavar="CHIP", help=" ".join(chips))
     parser.add_argument("--blocks", nargs="+", choices=WIDTHS, metavar="BLOCK", help=" ".join(WIDTHS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16")
     parser.add_argument("--mode", nargs="+", choices=("train", "infer"), default=["train"], help="default: train")
@@ -151,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         "--layout", nargs="+", choices=LAYOUTS, default=["channels_last"], help="default: channels_last"
     )
     parser.add_argument(
-        "--kernels", nargs="+", choices=KERNELS, default=KERNELS, metavar="KERNEL", help=" ".join(KERNELS)
+        "--kernels", nargs="+", choices=kernels, default=kernels, metavar="KERNEL", help=" ".join(kernels)
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: the number of cores")
     parser.add_argument("--json", type=Path, metavar="PATH", help="keep the report")
@@ -180,15 +172,11 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--json {error}")
     if target.interpreted():
         parser.error("TRITON_INTERPRET is set, and the interpreter replaces the compiler: unset it")
-    try:
-        import triton
-    except ImportError:
-        parser.error("Triton is not installed")
     head = {"torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
     print(", ".join(f"{name} {version}" for name, version in head.items()))
     report: dict[str, Any] = head | {"rows": []}
     try:
-        for found in _run(_cases(args), tuple(args.kernels), args.jobs):
+        for found in _run(_cases(args), args.kernels, args.jobs):
             report["rows"] += found
             if args.json is not None:
                 write_json(report, args.json)

@@ -369,9 +369,8 @@ def test_all_was_compiled(compiled):
     expected = 8 * len(aot.WIDTHS) + 3 + 2 * len(aot.CHIPS) + 8 * len(OTHER_CHIPS) + 2 + 1
     expected += 4 + 1 + 1 + len(OTHER_CHIPS) + 1
     assert len(compiled) == expected
-    assert tuple(aot.KERNELS) == aot_report.KERNELS
     assert set(aot.KERNELS) == {*FORWARD, *BACKWARD, *SWEEPS}
-    assert {row["chip"] for row in compiled} == set(aot.CHIPS) == set(aot_report.CHIPS)
+    assert {row["chip"] for row in compiled} == set(aot.CHIPS)
     assert {row["kernel"] for row in compiled} == set(aot.KERNELS)
     read = {row["layout"]: set(row["loads"]) for row in compiled if (row["kernel"], row["block"]) == ("split", "4b")}
     assert read == {"channels_last": {"16", "1"}, "NCHW": {"8", "1"}}
@@ -667,11 +666,11 @@ def test_bad_arguments_are_named(arguments, message, monkeypatch, capsys, tmp_pa
 
 def test_what_was_compiled_before_an_interrupt_is_kept(monkeypatch, tmp_path, capsys):
     def measure(case, kernels):
-        if case[1] == "3b":
+        if case.block == "3b":
             raise KeyboardInterrupt
-        return [a_row(block=case[1])]
+        return [a_row(block=case.block)]
 
-    monkeypatch.setattr(aot_report, "_measure", measure)
+    monkeypatch.setattr(aot, "measure", measure)
     monkeypatch.setattr(aot_report.target, "interpreted", lambda: False)
     path = tmp_path / "kept.json"
     options = ["--chips", "sm_90", "--dtypes", "bf16", "--mode", "train", "--jobs", "1", "--json", str(path)]
