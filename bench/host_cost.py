@@ -3,8 +3,8 @@
 python bench/host_cost.py
 
 Triton's launches are stubbed out, so that no GPU is needed; what Triton's own launcher takes is not in it. The plain
-block's time includes its operators on a few numbers, which is about what the host pays for it on any device. Below both
-stands what no autograd function in Python goes below: one of as many tensors that only allocates its results.
+block's time includes its operators on a few numbers, which is about what the host pays for it on any device. "PyTorch
+alone" is what no autograd function in Python goes below: one of as many tensors that only allocates its results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bench.harness import compile_failure
 from fastinception import FastInception, Inception
 
 WIDTHS = (16, 8, (8, 8), (8, 8), 8)
-FLOOR = "floor"
+FLOOR = "PyTorch alone"
 
 
 class _Allocate(torch.autograd.Function):
@@ -127,14 +127,14 @@ def measure(rounds: int = 30, calls: int = 50, compiled: bool = False) -> dict[s
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Print the host's microseconds a call of a tiny block, launches stubbed."
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     if importlib.util.find_spec("triton") is None:
         parser.error("Triton is not installed")
     os.environ["TRITON_INTERPRET"] = "1"  # here, not on import: it would switch a whole test run to the interpreter
     if (failure := compile_failure(torch.device("cpu"))) is not None:
         print(f"no compiled blocks: torch.compile does not work here: {failure}")
-    for name, costs in measure(compiled=failure is None).items():
-        print(f"{name:25}" + "".join(f"{kind}: {cost:6.1f} us   " for kind, cost in costs.items()))
+    found = measure(compiled=failure is None)
+    print(f"{'us a call':22}" + "".join(f"{kind:>20}" for kind in found["plain"]))
+    for name, costs in found.items():
+        print(f"{name:22}" + "".join(f"{cost:20.1f}" for cost in costs.values()))
