@@ -26,7 +26,7 @@ try:
     from bench.comparison import Comparison
     from bench.harness import DTYPES, Batch, compile_failure, load_batch
     from bench.record import check_writable, conditions, write_json
-    from bench.report import Display, Row, cross_precision, plot
+    from bench.report import LEGEND, Display, Row, cross_precision, plot
     from fastinception import backends
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing}: install what the benchmarks need with pip install -e '.[bench]'")
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    for line in filter(None, (cross_precision(mode, rows) for mode in modes(args))):
+    for line in filter(None, (LEGEND, *(cross_precision(mode, rows) for mode in modes(args)))):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if args.plot:
         try:

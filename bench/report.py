@@ -14,6 +14,10 @@ from rich.table import Table
 Row = dict[str, Any]
 BASE = "plain eager NCHW"
 FLOOR = "convolutions alone"
+LEGEND = f"""\
+spread: half of what lies between the quartiles of the rounds, as a share of their median
+{FLOOR}: no network, but the library's convolutions of one, called one by one
+outside convs: the share of a row's time that these would not take; below 0% a network's own run faster"""
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:

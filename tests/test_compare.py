@@ -135,6 +135,7 @@ def test_the_script_writes_what_it_measured(tmp_path: Path) -> None:
             # What the reader sees is what the file says.
             assert f"{speed:.1f}" in done.stdout
         assert f"agrees: {mode}, {dtype}, FastInception eager" in done.stdout
+    assert report.LEGEND in done.stdout
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["r.json", "r.png"]
 
