@@ -135,6 +135,7 @@ class Comparison:
         title = f"{mode}, {dtype}"
         chosen = variants(mode, dtype, self.device, self.compiles, self.quick)
         runners = self._prepare(title, chosen, mode, dtype)
+        chosen = [variant for variant in chosen if variant.label in runners]
         measured = self._memory(runners, dtype) if mode == "training" and not self.quick else {}
         self.display.stage(f"{title}: warm up", 0, None)
         sync = partial(synchronize, self.device)
@@ -177,10 +178,11 @@ class Comparison:
             cuda_graph=variant.cuda_graph,
         )
 
-    def _prepare(self, title: str, chosen: list[Variant], mode: str, dtype: str) -> dict[str, Timed]:
+    def _prepare(self, title: str, chosen: Sequence[Variant], mode: str, dtype: str) -> dict[str, Timed]:
+        """Return by label what is timed, checked; an engine that fails is not among it, and a note says why."""
         runners: dict[str, Timed] = {}
         plain: Errors | None = None
-        for done, variant in enumerate(list(chosen)):
+        for done, variant in enumerate(chosen):
             self.display.stage(f"{title}: compile and check {variant.label}", done, len(chosen))
             net = GoogLeNet(block=BLOCKS[variant.block])
             if variant.name == FLOOR:
@@ -194,7 +196,6 @@ class Comparison:
                     raise
                 reason = " ".join(str(error).split())[:300]
                 self.note(f"{title}: no row of {variant.engine}, which fails here: {type(error).__name__}: {reason}")
-                chosen.remove(variant)
                 continue
             found = errors(runner, self.truths[mode])
             plain = plain or found
