@@ -199,38 +199,42 @@ class Tuner:
 
     def tune(self, unit: Shape, most: int | None) -> list[dict[str, Any]]:
         """Return the entries of one block, recorded behind each pass; ``most`` bounds the candidates of a step."""
-        done, entries, unit_name = self.progress["entries"], [], f"{unit} in {unit.dtype}"
-        for name, run in unit.passes(self.device).items():
-            if (found := done.get(f"{unit_name} {name}")) is not None:
-                entries += found
-                continue
-            self.choice, self.asked = {}, {}
-            with launched() as kernels:
-                self.expected = [tensor.clone() for tensor in run()]
-            self.spilled = sum(kernel.n_spills for kernel in kernels)
-            best = {key: self._search(f"{unit_name} {name}", run, key, most) for key in list(self.asked)}
-            if changed := {key: tiles for key, tiles in best.items() if tiles != default(key)}:
-                ratio = self.compare(f"{unit_name} {name} together", run, changed, {})
-                self.display.say(f"{unit_name} {name}: {ratio:.3f} of the time that the defaults take")
-                if ratio > MARGIN:  # faster one by one, and not together
-                    best = {key: default(key) for key in best}
-            # One kernel after another profits, so it is on for all of them or for none.
-            early = {key: replace(tiles, launch_pdl=True) for key, tiles in best.items()}
-            early_runs = any(key[5].runs_pdl for key in best)
-            if early_runs and self.compare(f"{unit_name} {name} early", run, early, best) < MARGIN:
-                best = early
-            done[f"{unit_name} {name}"] = [
-                {"block": unit.block, "kernel": key[0], "dtype": str(key[4]).removeprefix("torch.")}
-                | dict(zip(("rows", "reduction", "columns"), key[1:4], strict=True))
-                | {"tiles": asdict(tiles)}
-                for key, tiles in best.items()
-            ]
-            entries += done[f"{unit_name} {name}"]
-            write_json(self.progress, self.path)
-            if self.table is not None:
-                all_entries = [entry for entries_of_pass in done.values() for entry in entries_of_pass]
-                write_json({"conditions": self.progress["conditions"], "entries": all_entries}, self.table)
+        done, entries = self.progress["entries"], []
+        for pass_name, run in unit.passes(self.device).items():
+            name = f"{unit} in {unit.dtype} {pass_name}"
+            if name not in done:
+                best = self._tune_pass(name, run, most)
+                done[name] = [
+                    {"block": unit.block, "kernel": key[0], "dtype": str(key[4]).removeprefix("torch.")}
+                    | dict(zip(("rows", "reduction", "columns"), key[1:4], strict=True))
+                    | {"tiles": asdict(tiles)}
+                    for key, tiles in best.items()
+                ]
+                write_json(self.progress, self.path)
+                if self.table is not None:
+                    all_entries = [entry for entries_of_pass in done.values() for entry in entries_of_pass]
+                    write_json({"conditions": self.progress["conditions"], "entries": all_entries}, self.table)
+            entries += done[name]
         return entries
+
+    def _tune_pass(self, name: str, run: Run, most: int | None) -> Choice:
+        """Return the best tiles of each kernel of a pass; the defaults, where the best are not faster together."""
+        self.choice, self.asked = {}, {}
+        with launched() as kernels:
+            self.expected = [tensor.clone() for tensor in run()]
+        self.spilled = sum(kernel.n_spills for kernel in kernels)
+        best = {key: self._search(name, run, key, most) for key in list(self.asked)}
+        if changed := {key: tiles for key, tiles in best.items() if tiles != default(key)}:
+            ratio = self.compare(f"{name} together", run, changed, {})
+            self.display.say(f"{name}: {ratio:.3f} of the time that the defaults take")
+            if ratio > MARGIN:  # faster one by one, and not together
+                best = {key: default(key) for key in best}
+        # One kernel after another profits, so it is on for all of them or for none.
+        early = {key: replace(tiles, launch_pdl=True) for key, tiles in best.items()}
+        early_runs = any(key[5].runs_pdl for key in best)
+        if early_runs and self.compare(f"{name} early", run, early, best) < MARGIN:
+            return early
+        return best
 
     def _compile(self, name: str, run: Run, choices: list[Choice]) -> None:
         """Compile at the same time what is going to be measured: one after another takes most of a tuner's time.
@@ -317,24 +321,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         check_writable(args.output)
     except ValueError as error:
         parser.error(f"--output {error}")
-    args.about = conditions(args.device) | {"device": gpu.name, "dry_run": args.dry_run}
+    about = conditions(args.device) | {"device": gpu.name, "dry_run": args.dry_run}
     # A table that lies in the checkout makes it dirty by being written.
-    args.about["commit"] = args.about["commit"].removesuffix("-dirty")
+    about["commit"] = about["commit"].removesuffix("-dirty")
     args.path = args.output.with_name(f"{args.output.name}.progress")
-    args.progress = {"conditions": args.about, "measured": {}, "entries": {}}
-    if args.path.exists():
-        try:
-            args.progress = json.loads(args.path.read_text())
-            before, *_ = (args.progress[name] for name in ("conditions", "measured", "entries"))
-            differ = [name for name in SAME if before[name] != args.about[name]]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            parser.error(f"{args.path} is damaged, delete it to start anew: {error!r}")
-        if differ:
-            said = ", ".join(f"{name} {before[name]}, not {args.about[name]}" for name in differ)
-            parser.error(f"{args.path} was measured with {said}: delete it, or give another --output")
-    elif args.output.exists():
-        parser.error(f"{args.output} exists and {args.path.name} does not: delete it, or give another --output")
+    try:
+        args.progress = resume(args.path, args.output, about)
+    except ValueError as error:
+        parser.error(str(error))
     return args
+
+
+def resume(path: Path, table: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Return the progress in ``path``, or one that begins.
+
+    Raises:
+        ValueError: it is damaged or of other conditions, or the table is there without it.
+    """
+    if not path.exists():
+        if table.exists():
+            raise ValueError(f"{table} exists and {path.name} does not: delete it, or give another --output")
+        return {"conditions": about, "measured": {}, "entries": {}}
+    try:
+        progress: dict[str, Any] = json.loads(path.read_text())
+        before, *_ = (progress[name] for name in ("conditions", "measured", "entries"))
+        differ = [name for name in SAME if before[name] != about[name]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged, delete it to start anew: {error!r}") from error
+    if differ:
+        said = ", ".join(f"{name} {before[name]}, not {about[name]}" for name in differ)
+        raise ValueError(f"{path} was measured with {said}: delete it, or give another --output")
+    return progress
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -360,7 +377,8 @@ def main(argv: list[str] | None = None) -> int:
                 display.stage(name, i, len(units))
                 if name not in args.progress["entries"]:
                     tuner.tune(unit, most=1 if args.dry_run else None)
-                    args.progress["entries"][name] = []  # its passes have them: nothing of it is left
+                    # The entries are under the names of its passes; this spares the next run to build the block.
+                    args.progress["entries"][name] = []
                     write_json(args.progress, args.path)
                 left -= 1
     except OutOfTime:
