@@ -15,7 +15,7 @@ from bench import engines, memory
 from bench.agreement import Disagreement, Errors, check, check_weights, errors, truth
 from bench.engines import Engine
 from bench.floor import Convolutions
-from bench.harness import Batch, Runner, interleave, page_faults, rate, synchronize, wall_clock
+from bench.harness import Batch, Runner, failure, interleave, page_faults, rate, synchronize, wall_clock
 from bench.report import BASE, FLOOR, Display, Row, with_ratios
 from fastinception.googlenet import GoogLeNet, xavier_uniform_
 
@@ -194,8 +194,7 @@ class Comparison:
             except Exception as error:  # engines raise what they like, and are no part of what is compared
                 if not variant.engine:
                     raise
-                reason = " ".join(str(error).split())[:300]
-                self.note(f"{title}: no row of {variant.engine}, which fails here: {type(error).__name__}: {reason}")
+                self.note(f"{title}: no row of {variant.engine}, which fails here: {failure(error)}")
                 continue
             found = errors(runner, self.truths[mode])
             plain = plain or found

@@ -242,11 +242,19 @@ def page_faults(run: Callable[[], object]) -> int:
 
 def rate(samples: list[float], batch_size: int) -> tuple[float, list[float]]:
     """Return the median rate of samples (seconds per call) and its quartiles, all in examples/s."""
-    rates = [batch_size / sample for sample in samples]
-    if len(rates) == 1:
-        return round(rates[0], 3), [round(rates[0], 3)] * 2
-    low, middle, high = statistics.quantiles(rates, n=4, method="inclusive")
-    return round(middle, 3), [round(low, 3), round(high, 3)]
+    low, middle, high = quartiles([batch_size / sample for sample in samples])
+    return middle, [low, high]
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """Return the lower quartile, the median and the upper quartile, to three decimals."""
+    found = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return [round(value, 3) for value in found]
+
+
+def failure(error: BaseException) -> str:
+    """Return the kind of an error and the beginning of its message, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def compile_failure(device: torch.device) -> str | None:
@@ -255,5 +263,5 @@ def compile_failure(device: torch.device) -> str | None:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     # Each missing piece raises its own kind of error, and all mean the same here: no compiled rows.
     except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return failure(error)
     return None

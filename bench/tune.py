@@ -33,7 +33,7 @@ try:
     from rich.console import Console
 
     from bench.gpu.timing import COLD_CALLS, EventTimer
-    from bench.harness import DTYPES, synchronize
+    from bench.harness import DTYPES, failure, synchronize
     from bench.record import check_writable, conditions, write_json
     from bench.report import Display
     from bench.trial import TINY, Run, Shape, disagreement, launched, poisoned
@@ -183,7 +183,7 @@ class Tuner:
                 differs = disagreement(poisoned(run), self.expected)
             spilled = sum(kernel.n_spills for kernel in kernels)
         except (TritonError, RuntimeError) as error:
-            return {"dropped": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+            return {"dropped": failure(error)}
         if spilled > self.spilled:
             return {"dropped": f"spills {spilled} registers, the defaults {self.spilled}"}
         if differs:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench.agreement import Errors, check
 from bench.gpu.timing import Run, Timer, measure
+from bench.harness import failure
 
 Row = dict[str, Any]
 
@@ -102,11 +103,6 @@ def unsearched() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-def failure(error: BaseException) -> str:
-    """Return the kind of an error and the beginning of its message, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def output_error(found: Tensor, truth: Tensor) -> Errors:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from bench.harness import interleave, synchronize, wall_clock
+from bench.harness import interleave, quartiles, synchronize, wall_clock
 from fastinception.kernels import configs
 
 Run = Callable[[], object]
@@ -168,7 +167,5 @@ def _noted(timer: Timer, before: int) -> dict[str, int]:
 
 def summary(samples: list[float], unit: str) -> dict[str, Any]:
     """Return the median and the quartiles of ``samples`` (seconds) in microseconds."""
-    times = [1e6 * sample for sample in samples]
-    quartiles = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-    low, middle, high = (round(time, 3) for time in quartiles)
-    return {unit: middle, f"quartiles_{unit}": [low, high], "samples": len(times)}
+    low, middle, high = quartiles([1e6 * sample for sample in samples])
+    return {unit: middle, f"quartiles_{unit}": [low, high], "samples": len(samples)}
