@@ -122,6 +122,23 @@ def differences(ours: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return text
 
 
+def read_report(path: Path) -> dict[str, Any]:
+    """Read what ``--json`` wrote.
+
+    Raises:
+        ValueError: the file is not that, or of another version, whose rows have other names.
+    """
+    try:
+        report: Any = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    missing = {"triton", "commit", "rows"} - set(report if isinstance(report, dict) else ())
+    missing = missing or {key for row in report["rows"] for key in KEY if key not in row}
+    if missing:
+        raise ValueError(f"{path} is no report: it lacks {', '.join(sorted(missing))}")
+    return report
+
+
 def _images(text: str) -> str:
     if re.fullmatch(r"[1-9]\d*x[1-9]\d*", text) is None:
         raise argparse.ArgumentTypeError(f"BATCHxSIDE in pixels of the block's input was expected, got {text!r}")
@@ -160,11 +177,9 @@ def main(argv: list[str] | None = None) -> int:
     other = None
     if args.against is not None:
         try:
-            other = json.loads(args.against.read_text())
-        except (OSError, ValueError) as error:
-            parser.error(f"--against {args.against}: {error}")
-        if missing := {"triton", "commit", "rows"} - set(other if isinstance(other, dict) else ()):
-            parser.error(f"--against {args.against} is no report: it lacks {', '.join(sorted(missing))}")
+            other = read_report(args.against)
+        except ValueError as error:
+            parser.error(f"--against {error}")
     if args.json is not None:
         try:
             check_writable(args.json)
@@ -179,7 +194,11 @@ def main(argv: list[str] | None = None) -> int:
         for found in _run(_cases(args), args.kernels, args.jobs):
             report["rows"] += found
             if args.json is not None:
-                write_json(report, args.json)
+                try:
+                    write_json(report, args.json)
+                except OSError as error:
+                    print(f"FAILED: {args.json} cannot be written: {error}", file=sys.stderr)
+                    return 1
             for row in found:
                 print("\n".join(lines(row)), flush=True)
     except KeyboardInterrupt:

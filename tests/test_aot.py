@@ -650,13 +650,17 @@ def test_differences_name_the_kernel_the_figure_and_both_values():
         (["--images", "0x14"], "BATCHxSIDE in pixels of the block's input was expected, got '0x14'"),
         (["--against", "no/such.json"], "--against no/such.json"),
         (["--against", "EMPTY"], "is no report: it lacks commit, rows, triton"),
+        (["--against", "OLD"], "is no report: it lacks layout"),  # found before minutes of compilation
         (["--json", "no/such/new.json"], "there is no folder"),
         ([], "TRITON_INTERPRET is set"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message, monkeypatch, capsys, tmp_path):
-    (tmp_path / "empty.json").write_text("[{}]")
-    arguments = [str(tmp_path / "empty.json") if argument == "EMPTY" else argument for argument in arguments]
+    rows = [{key: "" for key in aot_report.KEY if key != "layout"}]
+    files = {"EMPTY": [{}], "OLD": {"triton": "", "commit": "", "rows": rows}}
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    arguments = [str(tmp_path / argument) if argument in files else argument for argument in arguments]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit) as ended:
         aot_report.main(arguments)
