@@ -43,7 +43,7 @@ except ModuleNotFoundError:
     sys.exit("Triton is not installed")
 
 from bench import aot
-from bench.harness import DTYPES, LAYOUTS
+from bench.harness import DTYPES, LAYOUTS, positive
 from bench.record import check_writable, commit, write_json
 from fastinception.googlenet import WIDTHS
 from fastinception.kernels import target
@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kernels", nargs="+", choices=kernels, default=kernels, metavar="KERNEL", help=" ".join(kernels)
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: the number of cores")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes; default: the number of cores")
     parser.add_argument("--json", type=Path, metavar="PATH", help="keep the report")
     parser.add_argument("--against", type=Path, metavar="PATH", help="print where a kept report differs from this one")
     return parser
@@ -172,8 +172,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {args.jobs}")
     other = None
     if args.against is not None:
         try:

@@ -24,7 +24,7 @@ try:
     from bench import engines
     from bench.agreement import Disagreement
     from bench.comparison import Comparison
-    from bench.harness import DTYPES, Batch, compile_failure, load_batch
+    from bench.harness import DTYPES, Batch, compile_failure, load_batch, positive
     from bench.record import check_writable, conditions, write_json
     from bench.report import LEGEND, Display, Row, cross_precision, plot
     from fastinception import backends
@@ -42,13 +42,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Check that plain and fast Inception blocks agree, then compare GoogLeNet's examples/s."
     )
-
-    def positive(text: str) -> int:
-        value = int(text)
-        if value < 1:
-            raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-        return value
-
     add = parser.add_argument
     add("--mode", choices=("inference", "training", "both"), default="both")
     add("--dtype", choices=tuple(DTYPES), nargs="+", help="default: fp32, and bf16 but for a CPU that emulates it")

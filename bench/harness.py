@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import re
 import resource
 import statistics
 import time
@@ -250,6 +252,13 @@ def quartiles(values: list[float]) -> list[float]:
     """Return the lower quartile, the median and the upper quartile, to three decimals."""
     found = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return [round(value, 3) for value in found]
+
+
+def positive(text: str) -> int:
+    """Read an option that counts something."""
+    if not re.fullmatch(r"[0-9]+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text!r}")
+    return int(text)
 
 
 def failure(error: BaseException) -> str:

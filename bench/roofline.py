@@ -18,12 +18,12 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.harness import positive
 from fastinception.googlenet import WIDTHS, Widths
 
 
@@ -188,25 +188,12 @@ def read_times(path: Path) -> dict[str, float]:
     return times
 
 
-def _at_least_1(name: str) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{name} must be an int, got {text!r}") from None
-        if value < 1:
-            raise argparse.ArgumentTypeError(f"{name} must be at least 1, got {value}")
-        return value
-
-    return parse
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", choices=CHIPS, default="h100", help="default: h100")
-    parser.add_argument("--batch", type=_at_least_1("batch"), default=128, help="images; default: 128")
-    parser.add_argument("--image-size", type=_at_least_1("image size"), default=96, help="pixels a side; default: 96")
+    parser.add_argument("--batch", type=positive, default=128, help="images; default: 128")
+    parser.add_argument("--image-size", type=positive, default=96, help="pixels a side; default: 96")
     parser.add_argument("--dtype", choices=ITEMSIZE, default="bf16", help="default: bf16; fp32 is TF32")
     parser.add_argument("--mode", choices=("infer", "train"), default="infer", help="default: infer")
     parser.add_argument("--times", type=Path, metavar="JSON", help="measured milliseconds by name, to add how near")

@@ -646,7 +646,7 @@ def test_differences_name_the_kernel_the_figure_and_both_values():
         (["--mode", "both"], "invalid choice: 'both'"),
         (["--layout", "nhwc"], "invalid choice: 'nhwc'"),
         (["--kernels", "conv"], "invalid choice: 'conv'"),
-        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--jobs", "0"], "--jobs: must be a whole number, at least 1, got '0'"),
         (["--images", "0x14"], "BATCHxSIDE in pixels of the block's input was expected, got '0x14'"),
         (["--against", "no/such.json"], "--against no/such.json"),
         (["--against", "EMPTY"], "is no report: it lacks commit, rows, triton"),

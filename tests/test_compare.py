@@ -725,7 +725,7 @@ def test_what_a_device_says_is_not_taken_for_too_large_images(monkeypatch: pytes
         (["--device", "cuda:99"], "--device cuda:99"),
         (["--device", "toaster"], "must be cpu, cuda, cuda:N or auto"),
         (["--device", "meta"], "must be cpu, cuda, cuda:N or auto"),
-        (["--batch-size", "0"], "at least 1"),
+        (["--batch-size", "0"], "--batch-size: must be a whole number, at least 1, got '0'"),
         (["--dtype", "fp8"], "fp8"),
         (["--json", "no/such/folder/r.json"], "there is no folder"),
         (["--json", str(Path(__file__).parent)], "is a folder"),

@@ -107,9 +107,9 @@ def test_table(tmp_path, capsys):
         (["--chip", "v100"], "invalid choice: 'v100'"),
         (["--dtype", "fp64"], "invalid choice: 'fp64'"),
         (["--mode", "both"], "invalid choice: 'both'"),
-        (["--batch", "0"], "batch must be at least 1, got 0"),
-        (["--batch", "many"], "batch must be an int, got 'many'"),
-        (["--image-size", "-1"], "image size must be at least 1, got -1"),
+        (["--batch", "0"], "--batch: must be a whole number, at least 1, got '0'"),
+        (["--batch", "many"], "--batch: must be a whole number, at least 1, got 'many'"),
+        (["--image-size", "-1"], "--image-size: must be a whole number, at least 1, got '-1'"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message, capsys):
