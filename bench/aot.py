@@ -74,13 +74,13 @@ Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a JIT function, what it 
 
 
 class Case(NamedTuple):
-    """What is compiled: a chip, a block of GoogLeNet, a dtype, ``"train"`` or ``"infer"``, batch x side, a layout."""
+    """What is compiled: a chip, a block of GoogLeNet, a dtype, ``"inference"`` or ``"training"``, images, a layout."""
 
     chip: str
     block: str
     dtype: str
     mode: str
-    images: str
+    images: str  # batch x side of the block's input
     layout: str
 
 
@@ -268,7 +268,7 @@ def measure(case: Case, kernels: Collection[str] = tuple(KERNELS)) -> list[dict[
     """Compile a case's kernels; return for each of ``kernels`` what the machine code uses, ready for JSON."""
     dtype = DTYPES[case.dtype]
     batch, side = map(int, case.images.split("x"))
-    arguments = case.chip, WIDTHS[case.block], dtype, case.mode == "train", batch, side, case.layout
+    arguments = case.chip, WIDTHS[case.block], dtype, case.mode == "training", batch, side, case.layout
     chosen = {name: launch for name, launch in launches(*arguments).items() if name in kernels}
     compiled = [compile_launch(*launch, case.chip) for launch in chosen.values()]
     rows = [

@@ -1,7 +1,7 @@
 """Report what the compiler makes of every kernel and shipped tile size, for chips that this machine need not have.
 
 python bench/aot_report.py                                     # all blocks on sm_90, two on the other chips
-python bench/aot_report.py --chips sm_90 --blocks 3a --dtypes fp16 --mode train infer
+python bench/aot_report.py --chips sm_90 --blocks 3a --dtypes fp16 --mode training inference
 python bench/aot_report.py --chips sm_90 --layout NCHW --images 128x7     # x, weights and output
 python bench/aot_report.py --json new.json                     # with one Triton
 python bench/aot_report.py --against new.json                  # with another: where they differ
@@ -76,7 +76,7 @@ def lines(row: dict[str, Any]) -> list[str]:
     """Lay out one kernel and its main loops."""
     name = " ".join(row[key] for key in KEY)
     text = [
-        f"{name:56} regs {row['registers']:3}  stack {row['stack']}  local {row['local']}  "
+        f"{name:60} regs {row['registers']:3}  stack {row['stack']}  local {row['local']}  "
         f"shared {row['shared'] / 1024:5.1f} KB  tensor-core {row['tensor_core']:3}  "
         f"loads {_widths(row['loads'])}  stores {_widths(row['stores'])}"
     ]
@@ -151,7 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chips", nargs="+", choices=chips, default=chips, metavar="CHIP", help=" ".join(chips))
     parser.add_argument("--blocks", nargs="+", choices=WIDTHS, metavar="BLOCK", help=" ".join(WIDTHS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16")
-    parser.add_argument("--mode", nargs="+", choices=("train", "infer"), default=["train"], help="default: train")
+    parser.add_argument(
+        "--mode", nargs="+", choices=("training", "inference"), default=["training"], help="default: training"
+    )
     parser.add_argument(
         "--images", type=_images, default="128x14", metavar="BATCHxSIDE",
         help="of the block's input, which decides the tiles where it is small; default: 128x14",

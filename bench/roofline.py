@@ -1,7 +1,7 @@
 """Say how fast GoogLeNet's Inception blocks could be on a chip, from its datasheet alone; nothing runs.
 
 python bench/roofline.py                                                # the nine blocks' forward, an H100
-python bench/roofline.py --chip mi300x --batch 256 --image-size 224 --mode train
+python bench/roofline.py --chip mi300x --batch 256 --image-size 224 --mode training
 python bench/roofline.py --times times.json                             # {"3a": 0.031, ...}, milliseconds
 
 The floor of a block is the longer of its multiply-adds at the tensor cores' rate and its floor bytes at the memory's:
@@ -91,12 +91,12 @@ def _halve(side: int) -> int:
 
 
 def network(batch: int, image_size: int, dtype: str, mode: str) -> dict[str, Work]:
-    """Return the work of one pass (``"infer"``) or one step without the optimizer (``"train"``), part by part.
+    """Return the work of one pass (``"inference"``) or one step without the optimizer (``"training"``), part by part.
 
     The textbook GoogLeNet for 1-channel images and 10 classes: the stem, the nine blocks, the pools between the stages,
     the head.
     """
-    train, size = mode == "train", ITEMSIZE[dtype]
+    train, size = mode == "training", ITEMSIZE[dtype]
 
     def part(flops: int, read: int, weights: int, written: int) -> Work:
         """A part that no plan covers: its backward reads its input again and both gradients pass."""
@@ -171,7 +171,7 @@ def read_times(path: Path) -> dict[str, float]:
     Raises:
         ValueError: the file is not that, or a time is no positive number, or a name is no row's.
     """
-    names = [*network(1, 32, "fp32", "infer"), "blocks", "net"]
+    names = [*network(1, 32, "fp32", "inference"), "blocks", "net"]
     try:
         times: Any = json.loads(path.read_text())
     except OSError as error:
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=positive, default=128, help="images; default: 128")
     parser.add_argument("--image-size", type=positive, default=96, help="pixels a side; default: 96")
     parser.add_argument("--dtype", choices=ITEMSIZE, default="bf16", help="default: bf16; fp32 is TF32")
-    parser.add_argument("--mode", choices=("infer", "train"), default="infer", help="default: infer")
+    parser.add_argument("--mode", choices=("inference", "training"), default="inference", help="default: inference")
     parser.add_argument("--times", type=Path, metavar="JSON", help="measured milliseconds by name, to add how near")
     args = parser.parse_args(argv)
     times: dict[str, float] = {}

@@ -28,13 +28,13 @@ SWEEPS = ("split", "pool_gradient", "sum")  # without products
 FEW, FEWER = "1x14", "32x14"
 OTHER_CHIPS = tuple(chip for chip in aot.CHIPS if chip != "sm_90")
 COMMANDS = (
-    ["--chips", "sm_90", "--dtypes", "bf16", "--mode", "train"],
+    ["--chips", "sm_90", "--dtypes", "bf16", "--mode", "training"],
     ["--chips", "sm_90", "--blocks", "4b", "--dtypes", "bf16", "--layout", "NCHW", "--kernels", *SWEEPS],
-    ["--blocks", "4e", "--dtypes", "fp32", "--mode", "infer"],
-    ["--chips", *OTHER_CHIPS, "--blocks", "4e", "--dtypes", "fp16", "--mode", "train"],
-    ["--chips", "sm_90", "--blocks", "4e", "--dtypes", "bf16", "--mode", "infer"],
+    ["--blocks", "4e", "--dtypes", "fp32", "--mode", "inference"],
+    ["--chips", *OTHER_CHIPS, "--blocks", "4e", "--dtypes", "fp16", "--mode", "training"],
+    ["--chips", "sm_90", "--blocks", "4e", "--dtypes", "bf16", "--mode", "inference"],
     # No comparison of bfloat16 in PTX.
-    ["--chips", "sm_80", "--blocks", "3a", "--dtypes", "bf16", "--mode", "train", "--kernels", "entry"],
+    ["--chips", "sm_80", "--blocks", "3a", "--dtypes", "bf16", "--mode", "training", "--kernels", "entry"],
     # The smaller tiles of few pixels, with 64 channels and with 128.
     ["--chips", "sm_90", "--blocks", "4e", "--dtypes", "bf16", "--images", FEW, "--kernels", *FORWARD, *BACKWARD[:2]],
     ["--chips", "sm_90", "--blocks", "5b", "--dtypes", "bf16", "--images", "128x3", "--kernels", "entry"],
@@ -49,12 +49,12 @@ COMMANDS = (
 # has little work for the tensor cores and as many instructions as a wide one. Over the cycles of whole tiles, as a
 # narrower last one may have no more instructions than the one in whose place it is.
 LIMITS = {
-    "entry gemm": {"infer": 0.31, "train": 0.31},
-    "entry pool": {"infer": 2.5, "train": 5},
-    "spatial": {"infer": 0.45, "train": 0.45},
-    "data_gradient": {"train": 0.63},
-    "entry_gradient": {"train": 0.53},
-    "weight_gradient": {"train": 0.6},
+    "entry gemm": {"inference": 0.31, "training": 0.31},
+    "entry pool": {"inference": 2.5, "training": 5},
+    "spatial": {"inference": 0.45, "training": 0.45},
+    "data_gradient": {"training": 0.63},
+    "entry_gradient": {"training": 0.53},
+    "weight_gradient": {"training": 0.6},
 }
 # In 3a the 5x5 has 32 channels, and 1.02 by itself. In 3b it has 32 to read, and its gradient adds up 96: a larger part
 # of the launch than in other blocks.
@@ -376,7 +376,7 @@ def test_all_was_compiled(compiled):
     assert read == {"channels_last": {"16", "1"}, "NCHW": {"8", "1"}}
     for row in compiled:
         if row["kernel"] in ("entry", "spatial"):  # only training stores the bytes of the ReLU mask
-            assert ("1" in row["stores"]) is (row["mode"] == "train"), name(row)
+            assert ("1" in row["stores"]) is (row["mode"] == "training"), name(row)
 
 
 def test_nothing_spills_and_all_fits_the_chip(compiled):
@@ -481,7 +481,7 @@ def test_issue_pressure_of_the_default_tiles(compiled):
             checked.add((row["block"], part, row["mode"]))
     assert checked == {
         (block, part, mode) for block in aot.WIDTHS for part in LIMITS for mode in LIMITS[part]
-        if mode == "train" or block == "4e"
+        if mode == "training" or block == "4e"
     }  # fmt: skip
 
 
@@ -499,7 +499,7 @@ def test_few_pixels_get_smaller_tiles(compiled):
     tiles = {
         row["images"]: {part: tuple(loop["tile"]) for part, loop in row["loops"].items()} | {"shared": row["shared"]}
         for row in compiled
-        if (row["chip"], row["dtype"], row["mode"], row["kernel"]) == ("sm_90", "bf16", "train", "entry")
+        if (row["chip"], row["dtype"], row["mode"], row["kernel"]) == ("sm_90", "bf16", "training", "entry")
     }
     assert tiles[FEW] == {"gemm": (64, 64, 64), "pool": (32, 128, 32), "shared": 5 * 16 * 1024}
     assert tiles["128x3"] == {"gemm": (64, 128, 64), "pool": (32, 128, 64), "shared": 3 * 24 * 1024}
@@ -520,7 +520,7 @@ def test_pooled_values_go_through_shared_memory_once(compiled):
         row["loops"]["pool"]["shared_pressure"]
         for row in compiled
         if (row["chip"], row["images"], row["dtype"], row["kernel"], row["mode"])
-        == ("sm_80", "128x14", "fp16", "entry", "train")
+        == ("sm_80", "128x14", "fp16", "entry", "training")
     )
     assert pressure < 5
 
@@ -602,7 +602,7 @@ def test_what_is_nchw_is_read_and_written_along_pixels():
 def a_row(**changes: Any) -> dict[str, Any]:
     loop = aot._pressures(the_loop(PIPELINED), aot.Part("gemm", (128, 128, 32), 1, 128 * 128 * 32), 8, 2048)
     return {
-        "chip": "sm_90", "block": "3a", "images": "128x14", "layout": "NCHW", "dtype": "bf16", "mode": "train",
+        "chip": "sm_90", "block": "3a", "images": "128x14", "layout": "NCHW", "dtype": "bf16", "mode": "training",
         "kernel": "entry",
         "registers": 128, "stack": 0, "local": 0, "shared": 98304, "tensor_core": 2,
         "loads": {"16": 2, "2": 1}, "stores": {"16": 1},
@@ -627,12 +627,12 @@ def test_differences_name_the_kernel_the_figure_and_both_values():
     other["loops"]["gemm"] |= {"issue_pressure": 0.25}
     found = aot_report.differences({"rows": [ours, a_row(block="3b")]}, {"rows": [other, a_row(block="4a")]})
     assert found == [
-        "sm_90 3a 128x14 NCHW bf16 train entry: registers 128, the other 130",
-        "sm_90 3a 128x14 NCHW bf16 train entry: loads.16 2, the other 3",
-        "sm_90 3a 128x14 NCHW bf16 train entry: loads.2 1, the other None",
-        "sm_90 3a 128x14 NCHW bf16 train entry: loops.gemm.issue_pressure 0.086, the other 0.250",
-        "sm_90 3b 128x14 NCHW bf16 train entry: only in this report",
-        "sm_90 4a 128x14 NCHW bf16 train entry: only in the other report",
+        "sm_90 3a 128x14 NCHW bf16 training entry: registers 128, the other 130",
+        "sm_90 3a 128x14 NCHW bf16 training entry: loads.16 2, the other 3",
+        "sm_90 3a 128x14 NCHW bf16 training entry: loads.2 1, the other None",
+        "sm_90 3a 128x14 NCHW bf16 training entry: loops.gemm.issue_pressure 0.086, the other 0.250",
+        "sm_90 3b 128x14 NCHW bf16 training entry: only in this report",
+        "sm_90 4a 128x14 NCHW bf16 training entry: only in the other report",
     ]
     assert aot_report.differences({"rows": [ours]}, {"rows": [a_row()]}) == []
 
@@ -677,7 +677,7 @@ def test_what_was_compiled_before_an_interrupt_is_kept(monkeypatch, tmp_path, ca
     monkeypatch.setattr(aot, "measure", measure)
     monkeypatch.setattr(aot_report.target, "interpreted", lambda: False)
     path = tmp_path / "kept.json"
-    options = ["--chips", "sm_90", "--dtypes", "bf16", "--mode", "train", "--jobs", "1", "--json", str(path)]
+    options = ["--chips", "sm_90", "--dtypes", "bf16", "--mode", "training", "--jobs", "1", "--json", str(path)]
     assert aot_report.main(options) == 130
     assert [row["block"] for row in json.loads(path.read_text())["rows"]] == ["3a"]
     assert capsys.readouterr().err == "stopped\n"

@@ -14,11 +14,11 @@ def test_a_block_by_hand():
     """3a (192 in; 64, 96 to 128, 16 to 32, 32) over 2x12x12 = 288 pixels of 2-byte elements."""
     weights = 192 * 208 + 9 * 96 * 128 + 25 * 16 * 32
     assert weights == 163328
-    work = roofline.network(2, 96, "bf16", "infer")["3a"]
+    work = roofline.network(2, 96, "bf16", "inference")["3a"]
     assert work.flops == 2 * 288 * 163328
     assert work.floor_bytes == 2 * (288 * (192 + 256) + 163328 + 368)
     assert work.plan == {"entry": 310688, "spatial": 403776}
-    train = roofline.network(2, 96, "bf16", "train")["3a"]
+    train = roofline.network(2, 96, "bf16", "training")["3a"]
     assert train.flops == 3 * work.flops
     assert train.floor_bytes == work.floor_bytes + 2 * (288 * (256 + 192 + 192) + 2 * 163696)
     assert train.plan == {
@@ -33,14 +33,14 @@ def test_a_block_by_hand():
     }
 
 
-@pytest.mark.parametrize("mode", ["infer", "train"])
+@pytest.mark.parametrize("mode", ["inference", "training"])
 @pytest.mark.parametrize(("batch", "size"), [(2, 96), (1, 57)])
 def test_flops_are_those_that_pytorch_counts(batch, size, mode):
     with torch.device("meta"):
         net, images = GoogLeNet(), torch.empty(batch, 1, size, size)
     with FlopCounterMode(display=False) as counter:
         y = net(images)
-        if mode == "train":
+        if mode == "training":
             y.sum().backward()
     parts = roofline.network(batch, size, "fp32", mode)
     assert sum(work.flops for work in parts.values()) == counter.get_total_flops()
@@ -59,7 +59,7 @@ def test_floor_bytes_of_the_net_are_its_images_activations_and_weights():
     assert len(meet) == 1 + 9 + 2
     elements = images.numel() + 2 * sum(meet) + y.numel() + sum(p.numel() for p in net.parameters())
     for dtype, size in (("fp32", 4), ("bf16", 2)):
-        parts = roofline.network(2, 57, dtype, "infer")
+        parts = roofline.network(2, 57, dtype, "inference")
         assert sum(work.floor_bytes for work in parts.values()) == size * elements
 
 
@@ -74,7 +74,7 @@ def test_floor_and_plan_of_the_study():
     """With an H100's measured rates DESIGN's figures: 65 us and 1.32x, 708 us and 1.35x."""
     chip = roofline.Chip(half=798, tf32=399, memory=3.0)
     for batch, size, floor, ratio in ((128, 96, 65, 1.32), (256, 224, 708, 1.35)):
-        parts = roofline.network(batch, size, "bf16", "infer")
+        parts = roofline.network(batch, size, "bf16", "inference")
         blocks = [parts[name] for name in WIDTHS]
         assert round(sum(roofline.floor_us(work, chip, "bf16")[0] for work in blocks)) == floor
         moved = sum(sum(work.plan.values()) for work in blocks)
@@ -85,12 +85,12 @@ def test_table(tmp_path, capsys):
     path = tmp_path / "times.json"
     assert roofline.main(["--chip", "a100"]) == 0
     plain = capsys.readouterr().out.splitlines()
-    parts = roofline.network(128, 96, "bf16", "infer")
+    parts = roofline.network(128, 96, "bf16", "inference")
     floors = {name: roofline.floor_us(work, roofline.CHIPS["a100"], "bf16")[0] for name, work in parts.items()}
     path.write_text(f'{{"4c": {floors["4c"] / 1e3 / 0.5}, "net": {sum(floors.values()) / 1e3 / 0.25}}}')
     assert roofline.main(["--chip", "a100", "--times", str(path)]) == 0
     timed = capsys.readouterr().out.splitlines()
-    assert plain[0] == timed[0] == "a100: 312 TFLOP/s, 2.039 TB/s (datasheet); infer, bf16, batch 128, 96x96"
+    assert plain[0] == timed[0] == "a100: 312 TFLOP/s, 2.039 TB/s (datasheet); inference, bf16, batch 128, 96x96"
     rows = {line.split()[0]: line.split() for line in timed[2:]}
     assert list(rows) == [*parts, "blocks", "net"]
     assert rows["4c"][-1] == "50%"
