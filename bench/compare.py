@@ -32,6 +32,9 @@ except ModuleNotFoundError as missing:
     sys.exit(f"{missing}: install what the benchmarks need with pip install -e '.[bench]'")
 
 
+QUICK = "fewer rounds; no memory; no max-autotune; on a CPU no compiled training, frozen graphs or other engines"
+
+
 def modes(args: argparse.Namespace) -> list[str]:
     """Return the modes that ``--mode`` stands for."""
     return ["inference", "training"] if args.mode == "both" else [args.mode]
@@ -48,7 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=positive, help="default: 64, with --quick 32")
     add("--image-size", type=positive, default=96, help="pixels per side (default: 96)")
     add("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda if there is one (default)")
-    add("--quick", action="store_true", help="fewer rounds; no max-autotune; no compiled training on a CPU")
+    add("--quick", action="store_true", help=QUICK)
     add("--synthetic", action="store_true", help="random images instead of Fashion-MNIST")
     add("--data-root", type=Path, help="folder with Fashion-MNIST's *-ubyte.gz files")
     add("--json", type=Path, metavar="FILE", help="write conditions and rows")
@@ -105,7 +108,7 @@ def run(
         if failure:
             comparison.note(f"no compiled rows: torch.compile does not work here: {failure}")
         if args.quick:
-            comparison.note("--quick: fewer rounds; no max-autotune; no compiled training on a CPU")
+            comparison.note(f"--quick: {QUICK}")
         for dtype in args.dtype:
             if backends.is_slower(DTYPES[dtype], args.device):
                 wide = "FastInception and the convolutions alone compute in fp32"
@@ -136,11 +139,12 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
+    with_engines = args.device.type == "cpu" and "inference" in modes(args) and not args.quick
     about = conditions(args.device) | {
         "batch_size": args.batch_size,
         "image_size": args.image_size,
         "data": batch.source,
-        "engines": engines.versions() if args.device.type == "cpu" and "inference" in modes(args) else {},
+        "engines": engines.versions() if with_engines else {},
         "quick": args.quick,
         "cudnn_benchmark": args.device.type == "cuda",
         "spread": "25th and 75th percentile of examples/s over the rounds",
