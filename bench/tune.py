@@ -386,6 +386,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         display.say(f"stopped: {args.path} keeps what was measured, run again to go on")
         return 130
+    except OSError as error:  # a full disk
+        print(f"FAILED: {error}; what was measured before is kept", file=sys.stderr)
+        return 1
     finally:
         torch.backends.cudnn.benchmark = benchmark
     configs.forget()

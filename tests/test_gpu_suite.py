@@ -110,6 +110,7 @@ def test_a_second_call_skips_what_is_finished_and_gathers_it(
     for part, content in result["parts"].items():
         assert f"{part} (DRY RUN on a CPU: no figure of a GPU)" in shown or not content["cases"]
     assert "dry_us" in shown
+    assert f"all that was measured: {dry / 'results.json'}, with results.png beside it\n" in shown
 
 
 def test_the_script_runs_parts_in_processes_from_any_folder(tmp_path: Path) -> None:

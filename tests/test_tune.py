@@ -282,6 +282,16 @@ def test_a_spent_budget_is_said_and_is_no_error(fake_block, tmp_path, capsys):
     assert "1 blocks; all done" in capsys.readouterr().out
 
 
+def test_a_disk_that_fills_up_is_said(fake_block, tmp_path, monkeypatch, capsys):
+    def full(content, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(tune, "write_json", full)
+    assert tune.main(["--dry-run", "--output", str(tmp_path / "cpu.json")]) == 1
+    file = tmp_path / "cpu.json.progress"
+    assert f"FAILED: [Errno 28] No space left on device: '{file}'; what was" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

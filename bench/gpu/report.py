@@ -149,6 +149,8 @@ def write(output: Path, names: Sequence[str], console: Console) -> None:
     if rows:
         console.print(view)
         plot(about, rows, output / "results.png")
+    kept = f"{output / 'results.json'}{', with results.png beside it' if rows else ''}"
+    console.print(f"all that was measured: {kept}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _side_unit(row: Row) -> str | None:
