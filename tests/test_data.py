@@ -153,9 +153,15 @@ def test_damaged_file_is_refused(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         fashion_mnist("test", data_root=tmp_path)
     assert str(tmp_path / name) in str(caught.value)
+    assert "to fetch it again" not in str(caught.value)  # nothing would
 
 
 # Where the files come from
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(write(tmp_path)))
+    assert len(fashion_mnist("test", data_root="~").labels) == 7
 
 
 @pytest.mark.parametrize("present", [[], [LABELS], [IMAGES]])
@@ -182,12 +188,11 @@ def test_system_folder_comes_before_the_cache(tmp_path, nowhere):
     assert str(tmp_path / "system") in got.source
 
 
-def test_damaged_system_file_is_an_error_not_a_fetch(tmp_path, nowhere):
-    write(tmp_path / "system")
-    write(nowhere)
-    (tmp_path / "system" / IMAGES).write_bytes(GZIPPED[:-100])
-    with pytest.raises(ValueError, match="not a complete gzip file"):
-        fashion_mnist("test")
+def test_damaged_file_is_an_error_not_a_fetch_and_says_what_helps(tmp_path, nowhere):
+    for folder, help in ((nowhere, "delete it to fetch it again"), (tmp_path / "system", "reinstall Debian's package")):
+        (write(folder) / IMAGES).write_bytes(GZIPPED[:-100])
+        with pytest.raises(ValueError, match=f"{folder / IMAGES} is not a complete gzip file.*; {help}"):
+            fashion_mnist("test")
 
 
 def test_when_nothing_works_every_source_is_named(tmp_path, nowhere):
@@ -263,7 +268,7 @@ def fake_apt(tmp_path, content: Path, needs_own_lists=False):
     folder = tmp_path / "bin"
     folder.mkdir()
     target = "usr/share/datasets/fashion-mnist"
-    guard = 'case "$*" in *Dir::State::Lists=*) ;; *) echo "E: Unable to locate" >&2; exit 100;; esac'
+    guard = 'case "$*" in *Dir::State::Lists=*Dir::Cache=*) ;; *) echo "E: Unable to locate" >&2; exit 100;; esac'
     scripts = {
         "apt-get": f"""
             {guard if needs_own_lists else ""}
@@ -287,6 +292,37 @@ def test_apt_is_next_when_the_download_fails(tmp_path, nowhere, needs_own_lists)
     assert got.labels.tolist() == list(range(7))
     assert (tmp_path / "bin" / "updated").exists() == needs_own_lists
     assert len(list(nowhere.iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ('echo "Reading lists"; echo "E: no $1" >&2; exit 100', "exited with 100: E: no download; with fresh package"),
+        (
+            'echo "Reading lists"; exit 100',
+            "; with fresh package lists: apt-get exited with 100: Reading lists apt-get",
+        ),
+        ("exec /bin/sleep 60", "TimeoutExpired: Command "),
+        ("echo > dataset-fashion-mnist_1_all.deb", "RuntimeError: dpkg-deb exited with 2: not a package"),
+    ],
+    ids=["errors", "no errors", "hangs", "no package"],
+)
+def test_what_apt_says_is_told(tmp_path, nowhere, monkeypatch, script, message):
+    fake_apt(tmp_path, tmp_path)
+    (tmp_path / "bin" / "apt-get").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "bin" / "dpkg-deb").write_text("#!/bin/sh\necho not a package >&2; exit 2\n")
+    if "sleep" in script:
+        monkeypatch.setattr(data, "_APT_TIMEOUT_SECONDS", 0.1)
+    with pytest.raises(FileNotFoundError) as caught:
+        fashion_mnist("test")
+    assert message in str(caught.value)
+
+
+def test_a_missing_unpacker_is_named_before_anything_is_fetched(tmp_path, nowhere):
+    fake_apt(tmp_path, tmp_path)
+    (tmp_path / "bin" / "dpkg-deb").unlink()
+    with pytest.raises(FileNotFoundError, match="dpkg-deb is not installed"):
+        fashion_mnist("test")
 
 
 def test_damaged_download_is_not_kept(tmp_path, nowhere, monkeypatch):
