@@ -108,6 +108,7 @@ def test_the_script_writes_what_it_measured(tmp_path: Path) -> None:
     about = result["conditions"]
     assert about["batch_size"] == 2
     assert about["image_size"] == 32
+    assert about["quick"] is True
     assert about["threads"] == 1
     assert about["torch"] == torch.__version__
     assert about["device_type"] == "cpu"
@@ -379,6 +380,30 @@ def test_the_cross_precision_line_names_both_precisions_and_its_rows() -> None:
     assert report.cross_precision("training", rows) is None
 
 
+def test_precisions_are_compared_in_each_mode(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speeds = {"inference": 30.0, "training": 50.0}
+    rows = [_row(report.BASE, 10.0, mode) for mode in speeds]
+    rows += [_row("FastInception compiled", speed, mode, "bf16") for mode, speed in speeds.items()]
+    monkeypatch.setattr(compare, "run", lambda *_: rows)
+    assert compare.main(TINY) == 0
+    found = [line.split(" in fp32: ") for line in capsys.readouterr().out.splitlines() if "cross-precision" in line]
+    assert [(line.split()[1], ratio.split()[0]) for line, ratio in found] == [
+        ("inference:", "3.00x"),
+        ("training:", "5.00x"),
+    ]
+
+
+def test_a_table_shows_half_the_distance_of_the_quartiles_and_memory_under_its_name() -> None:
+    row = _row(report.BASE, 50.0) | {"spread": [40.0, 60.0], "saved_bytes": 2_000_000, "peak_bytes": 7_000_000}
+    (shown,) = report.with_ratios([row, _row(report.FLOOR, 100.0)])[:1]
+    view = report.table("training, fp32", [shown])
+    cells = {str(column.header): next(iter(column.cells)) for column in view.columns}
+    assert (cells["spread"], cells["outside\nconvs"]) == ("+-20.0%", "50%")
+    assert (cells["saved\nMB"], cells["peak\nMB"]) == ("2", "7")
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Stop the clock: its time is what the test adds to the one number in the list."""
@@ -532,6 +557,23 @@ def test_a_cpu_that_emulates_bf16_measures_it_only_if_asked(monkeypatch: pytest.
     assert "slower in bf16" in notes[0]
 
 
+def test_a_batch_has_64_images_or_half_as_many_if_it_is_to_be_quick() -> None:
+    found = [compare.parse([*TINY[:3], *o]).batch_size for o in ([], ["--quick"], ["--quick", "--batch-size", "5"])]
+    assert found == [64, 32, 5]
+
+
+def test_a_quick_run_leaves_out_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison.engines, "available", lambda dtype: ["OpenVINO"])
+
+    def names(mode: str, device: str) -> list[str]:
+        return [v.name for v in comparison.variants(mode, "fp32", torch.device(device), True, True)]
+
+    assert names("inference", "cpu") == [*EAGER, "plain compiled", "FastInception compiled", report.FLOOR]
+    assert names("training", "cpu") == [*EAGER, report.FLOOR]
+    tunings = [name for name in names("training", "cuda") if name.split()[-1] in ("reduce-overhead", "max-autotune")]
+    assert tunings == ["plain reduce-overhead", "FastInception reduce-overhead"]
+
+
 def test_a_gpu_run_has_every_compile_mode_and_cuda_graph_of_both() -> None:
     names = [v.name for v in comparison.variants("inference", "bf16", torch.device("cuda"), True, False)]
     assert names[0] == "plain eager NCHW"
@@ -558,6 +600,45 @@ def test_what_is_called_frozen_is() -> None:
         if not variant.engine:
             runner = compared._runner(variant, _tiny_net(), "inference", "fp32")
             assert runner.freezing is variant.name.endswith("frozen")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_row_is_run_as_it_says(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = harness.Batch(torch.rand(2, 1, 32, 32), torch.arange(2), "random")
+    display = report.Display(Console(quiet=True))
+    compared = comparison.Comparison([], batch, torch.device("cpu"), True, False, display)
+    monkeypatch.setattr(comparison, "Runner", lambda *args, **options: options)
+    for variant in comparison.variants("training", "bf16", torch.device(device), True, False):
+        given: Any = compared._runner(variant, _tiny_net(), "training", "bf16")
+        said = {name: getattr(variant, name) for name in ("layout", "compile_options", "freezing", "cuda_graph")}
+        assert given == said | {"mode": "training", "dtype": "bf16"}
+
+
+def test_what_is_timed_starts_from_the_textbooks_weights() -> None:
+    batch = harness.Batch(torch.rand(2, 1, 32, 32), torch.arange(2), "random")
+    display = report.Display(Console(quiet=True))
+    compared = comparison.Comparison(["inference"], batch, torch.device("cpu"), False, False, display)
+    chosen = [comparison.Variant(report.BASE, "plain"), comparison.Variant("FastInception eager", "FastInception")]
+    for runner in compared._prepare("", chosen, "inference", "fp32").values():
+        torch.testing.assert_close(runner.net.state_dict(), compared.weights.timing, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("fast_schedule")
+def test_training_that_ends_in_nan_is_no_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = [comparison.Variant(name, "plain") for name in (report.BASE, report.FLOOR)]
+    monkeypatch.setattr(comparison, "variants", lambda *_: chosen)
+    monkeypatch.setattr(comparison.Comparison, "_memory", lambda *_: {})
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: self.param_groups[0]["params"][-1].data.fill_(math.nan))
+    assert compare.main([*TINY, "--mode", "training", "--dtype", "fp32"]) == 1
+    assert f"FAILED: training, fp32: {report.BASE} left NaN or infinity" in capsys.readouterr().err
+
+
+def test_a_batch_that_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(compare, "run", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    assert compare.main(TINY) == 1
+    assert "FAILED: --batch-size 2 does not fit: CUDA out of memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("freezing", [False, True])
@@ -696,6 +777,13 @@ def test_json_through_a_link_or_into_a_pipe_leaves_both_as_they_are(
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link.json", "pipe", "r.json"]
 
 
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="needs Linux's list of what a processor knows")
+def test_the_record_says_which_wide_instructions_the_processor_has() -> None:
+    known = Path("/proc/cpuinfo").read_text().split()
+    expected = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in known]
+    assert record.conditions(torch.device("cpu"))["cpu_flags"] == expected
+
+
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which nobody may write, root neither")
 def test_a_folder_in_which_nobody_may_write_is_found_at_once() -> None:
     with pytest.raises(ValueError, match=r"/proc/r\.json cannot be written: "):
@@ -723,13 +811,14 @@ def test_what_a_device_says_is_not_taken_for_too_large_images(monkeypatch: pytes
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--device", "cuda:1"], "--device cuda:1: PyTorch sees 1 CUDA devices"),
         (["--device", "toaster"], "must be cpu, cuda, cuda:N or auto"),
         (["--device", "meta"], "must be cpu, cuda, cuda:N or auto"),
         (["--batch-size", "0"], "--batch-size: must be a whole number, at least 1, got '0'"),
         (["--dtype", "fp8"], "fp8"),
         (["--json", "no/such/folder/r.json"], "there is no folder"),
         (["--json", str(Path(__file__).parent)], "is a folder"),
+        (["--plot", "no/such/folder/r.png"], "there is no folder"),
         (["--plot", "r.pdf"], ".png"),
         (["--plot", "r.png"], "matplotlib, which says: Key backend"),
         (["--synthetic", "--data-root", "."], "exclude each other"),
@@ -749,6 +838,7 @@ def test_a_bad_option_ends_with_status_2_before_any_work(
 
     monkeypatch.setattr(compare, "load_batch", work)
     monkeypatch.setattr(compare.importlib, "import_module", unknown)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(SystemExit) as stop:
         compare.main(options)
     assert stop.value.code == 2
@@ -785,6 +875,13 @@ def test_a_lost_gradient_is_seen_through_any_noise() -> None:
     agreement.check("all is well", noisy, noisy)
     with pytest.raises(agreement.Disagreement, match="wrong: gradient of b"):
         agreement.check("wrong", agreement.Errors(0.01, {"a": 0.6, "b": 1.0}, 0.5), noisy)
+
+
+def test_a_parameter_whose_gradient_is_noisier_than_the_others_is_allowed_twice_its_own() -> None:
+    plain = agreement.Errors(0.01, {"a": 0.3, "b": 0.01}, 0.02)
+    agreement.check("all is well", agreement.Errors(0.01, {"a": 0.6, "b": 0.01}, 0.04), plain)
+    with pytest.raises(agreement.Disagreement, match="wrong: gradient of b"):
+        agreement.check("wrong", agreement.Errors(0.01, {"a": 0.6, "b": 0.1}, 0.04), plain)
 
 
 def test_the_check_weights_let_bf16_see_a_wrong_block() -> None:
