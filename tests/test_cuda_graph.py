@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -130,6 +131,90 @@ def test_a_replayed_loss_that_is_not_finite_is_found_in_its_step(make, monkeypat
     with pytest.raises(trainer.TrainingError, match=words):
         run.run(None, lambda *_: None, lambda: None)
     assert len(steps) % STEPS == 0
+
+
+class FakeGpu:
+    """Note what is asked of a GPU's streams and graphs, and run nothing in a graph before it is replayed."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []
+        self.stream: list[str] = ["usual"]
+        self.captures = False
+        gpu = self
+
+        class Stream:
+            name = "side"
+
+            def wait_stream(self, other: Any) -> None:
+                gpu.events.append(f"{self.name} waits for {other.name}")
+
+        class Usual(Stream):
+            name = "usual"
+
+        class Graph:
+            def replay(self) -> None:
+                gpu.events.append("replay")
+
+        @contextlib.contextmanager
+        def stream(side: Stream) -> Iterator[None]:
+            gpu.stream.append(side.name)
+            yield
+            gpu.stream.pop()
+
+        @contextlib.contextmanager
+        def graph(made: Graph) -> Iterator[None]:
+            gpu.captures = True
+            yield
+            gpu.captures = False
+
+        for name, value in (("Stream", Stream), ("current_stream", Usual), ("stream", stream)):
+            patch.setattr(torch.cuda, name, value)
+        patch.setattr(torch.cuda, "CUDAGraph", Graph)
+        patch.setattr(torch.cuda, "graph", graph)
+
+    def work(self) -> None:
+        self.events.append("captured" if self.captures else f"runs on {self.stream[-1]}")
+
+
+def test_a_graph_is_replayed_from_its_capture_on(monkeypatch):
+    """A capture computes nothing: without a replay behind it a step would be lost."""
+    gpu = FakeGpu(monkeypatch)
+    graphed = trainer.Graphed(gpu.work)
+    for _ in range(5):
+        graphed()
+    warm_up = ["side waits for usual", "runs on side", "usual waits for side"]
+    assert gpu.events == [*3 * warm_up, "captured", "replay", "replay"]
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "amp", "graphed"),
+    [
+        ("cuda", 1, "off", True),
+        ("cuda", 1, "bf16", True),
+        ("cuda", 1, "fp16", False),
+        ("cuda", 2, "off", False),
+        ("cpu", 1, "off", False),
+    ],
+)
+def test_one_gpu_has_a_graph_unless_its_scaler_waits(tmp_path, monkeypatch, device, size, amp, graphed):
+    class Made(Exception):
+        pass
+
+    def make(*_: Any, **options: Any) -> None:
+        raise Made(options["graphed"])
+
+    monkeypatch.setattr(train, "_load_data", lambda config, root: (None, None))
+    monkeypatch.setattr(train, "_keep_memory", lambda: None)
+    monkeypatch.setattr(train, "Trainer", make)
+    world = trainer.World(0, size, torch.device(device))
+    for asked in (None, False, True):
+        expected = graphed if asked is None else asked
+        with pytest.raises((Made, trainer.TrainingError)) as ended:
+            train._train_in(tmp_path, None, train.RECIPE | {"amp": amp, "cuda_graph": asked}, None, world)
+        if asked and not graphed:
+            assert f"this is {size} x {device}, amp {amp}: give --no-cuda-graph" in str(ended.value)
+        else:
+            assert ended.value.args == (expected,)
 
 
 @pytest.mark.parametrize("options", [["--device", "cpu"], ["--device", "cpu", "--amp", "fp16"]])

@@ -121,6 +121,7 @@ def test_signal_writes_a_checkpoint_and_ends(command, finished, tmp_path, monkey
     assert not (folder / "curves.png").exists()  # no epoch to draw
     assert f"--output {folder} --resume" in capsys.readouterr().out
     assert command(folder, "--resume", "--checkpoint-steps", "100") == 0
+    assert f"from epoch 1, step 3 of {STEPS}" in capsys.readouterr().out
     assert_same_run(folder, finished)
 
 
@@ -175,6 +176,23 @@ def test_non_finite_loss_names_its_batch(command, tmp_path, monkeypatch, capsys)
     assert (folder / "curves.png").exists()
 
 
+def test_a_test_loss_that_is_not_finite_ends_the_run(command, tmp_path, monkeypatch, capsys):
+    """Weights of finite numbers may be too large for images that were not trained on."""
+    monkeypatch.setattr(trainer.F, "cross_entropy", lambda y, _, reduction: y.sum() if y.requires_grad else y.sum() / 0)
+    assert command(tmp_path / "run") == 1
+    assert f"the test loss is not finite in epoch 1, step {STEPS} of {STEPS}" in capsys.readouterr().err
+    assert position(tmp_path / "run") == (0, STEPS - 1)  # the last checkpoint
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts what is open by /proc")
+def test_a_writing_leaves_nothing_open(tmp_path):
+    """A run writes thousands of times, and a process may open a thousand files."""
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        checkpoint.write(tmp_path / "file", b"content", keep=tmp_path / "kept")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_non_finite_weights_are_no_checkpoint(command, tmp_path, monkeypatch, capsys):
     """A finite loss whose gradient is not: the step spoils the weights, the next loss would show it."""
     folder = tmp_path / "run"
@@ -194,9 +212,12 @@ def test_finished_run_is_left_alone_or_prolonged(command, finished, tmp_path, ca
     assert train.main(["--device", "cpu", "--output", str(folder), "--data-root", str(folder), "--resume"]) == 1
     assert command(folder, "--resume", epochs=1) == 0
     assert "nothing to do" in capsys.readouterr().out
+    assert command(folder, "--resume", "--block", "plain", epochs=1) == 0  # no step of it was a plain block's
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert command(folder, "--resume") == 0
     assert_same_run(folder, finished)
+    sessions = json.loads((folder / "environment.json").read_text())
+    assert [(session["epoch"], session["step"]) for session in sessions] == [(1, 0), (2, 0)]
 
 
 def test_an_older_checkpoint_does_not_overwrite_a_newer_one(command, finished, tmp_path, capsys):
@@ -281,6 +302,9 @@ def test_damaged_checkpoint_names_the_good_one(command, finished, tmp_path, monk
         at_step(patch, 4, lambda x: signal.raise_signal(signal.SIGTERM))
         assert command(folder) == 143
     current, previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
+    assert (position(folder), position(folder, previous.name)) == ((0, 4), (0, 2))
+    assert command(folder, "--resume", str(previous)) == 1
+    assert f"{current} stands further than {previous.name}" in capsys.readouterr().err
     damage(current, kind)
     assert command(folder, "--resume") == 1
     message = capsys.readouterr().err
@@ -337,14 +361,21 @@ def test_resume_refuses_another_recipe(command, finished, capsys, options, named
     assert f"cannot change {named}" in capsys.readouterr().err
 
 
+def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_what_is_new():
+    args = train._parser().parse_args(["--epochs", "20"])
+    saved = {name: value for name, value in train.RECIPE.items() if name != "cuda_graph"} | {"lr": 0.2}
+    assert train._configure(args, {"config": saved}) == train.RECIPE | {"lr": 0.2, "epochs": 20}
+
+
+@pytest.mark.parametrize(("prefix", "count"), [("train", IMAGES), ("t10k", TEST_IMAGES)])
 @pytest.mark.parametrize("what", ["images", "labels"])
-def test_resume_refuses_other_data(finished, images, tmp_path, capsys, what):
+def test_resume_refuses_other_data(finished, images, tmp_path, capsys, what, prefix, count):
     other = tmp_path / "other"
     other.mkdir()
     for path in images.iterdir():
         (other / path.name).write_bytes(path.read_bytes())
     size, kind = ((28, 28), "images-idx3") if what == "images" else ((), "labels-idx1")
-    write_idx(other / f"train-{kind}-ubyte.gz", np.zeros((IMAGES, *size), dtype=np.uint8))
+    write_idx(other / f"{prefix}-{kind}-ubyte.gz", np.zeros((count, *size), dtype=np.uint8))
     assert train.main(["--device", "cpu", "--data-root", str(other), "--output", str(finished), "--resume"]) == 1
     assert "not the data of the run" in capsys.readouterr().err
 

@@ -11,6 +11,7 @@ import platform
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -251,6 +252,36 @@ def test_curves_are_drawn_at_the_end_and_once_a_minute(command, tmp_path, monkey
     assert drawn == [1, 1, 3, 3]
 
 
+def test_curves_are_of_what_they_are_named(monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, plot = {}, Axes.plot
+
+    def spy(axes, x, y, *style, label, **options):
+        drawn[label, len(drawn) // 2] = (x, y)
+        return plot(axes, x, y, *style, label=label, **options)
+
+    monkeypatch.setattr(Axes, "plot", spy)
+    names = ["train_loss", "test_loss", "train_accuracy", "test_accuracy"]
+    assert record._curves([{"epoch": i} | {name: i / len(name) for name in names} for i in (1, 2)])
+    panels = {(name.split("_")[0], i // 2): ([1, 2], [1 / len(name), 2 / len(name)]) for i, name in enumerate(names)}
+    assert drawn == panels
+
+
+def test_the_bar_shows_means_over_the_examples_so_far():
+    """Also behind the last step of an epoch, which has fewer."""
+    display = record.Display(0)
+    about = {"config": {"epochs": 3, "batch_size": 4}, "epoch": 1, "steps": 2, "step_seconds": 0.5, "seconds": 2.0}
+    for step, seen in ((1, 4), (2, 6)):
+        display.step(mock.Mock(**about, step=step, order=range(6)), 3.0, 2.0)
+        (shown,) = display.bar.tasks
+        words = (
+            f"epoch 2/3  loss {3 / seen:.3f}  accuracy {2 / seen:.3f}  {seen / 0.5:.0f} examples/s, {seen / 2:.0f} end"
+        )
+        assert shown.description == f"{words} to end"
+        assert (shown.completed, shown.total) == (step, 2)
+
+
 def test_a_picture_that_cannot_be_drawn_ends_no_run(command, tmp_path, monkeypatch, capsys):
     """Notebooks set a MPLBACKEND that another environment may lack, and matplotlib is imported at the first picture."""
 
@@ -296,17 +327,48 @@ def test_a_picture_that_cannot_be_written_does_not_hide_why_a_run_ends(command, 
         (["--limit", "0"], "argument --limit: must be 1 to"),
         (["--seed", "-1"], "argument --seed: must be 0 to"),
         (["--device", "tpu0"], "--device must be cpu, cuda, cuda:N or auto, got 'tpu0'"),
-        (["--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
+        (["--device", "cuda:1"], "--device cuda:1: PyTorch sees 1 CUDA devices"),
         (["--checkpoint-steps", "0"], "argument --checkpoint-steps: must be 1 to"),
         *(([name, ""], f"argument {name}: must not be empty") for name in ("--output", "--resume", "--data-root")),
     ],
 )
 def test_bad_option(options, message, monkeypatch, capsys):
     monkeypatch.setattr(train, "_train", lambda *args: pytest.fail("it went on"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(SystemExit) as caught:
         train.main(options)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    """A machine of four GPUs and two nodes' processes; returns what was chosen of it."""
+    chosen: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(train.dist, "init_process_group", chosen.append)
+    return chosen
+
+
+def test_each_process_of_a_node_takes_a_gpu_of_its_own(four_gpus, monkeypatch, capsys):
+    for name, value in (("WORLD_SIZE", "8"), ("RANK", "5"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    for name in ("auto", "cuda"):
+        assert train._join(name, train._parser()) == (5, 8, torch.device("cuda", 1))
+    assert four_gpus == 2 * [torch.device("cuda", 1), "nccl"]
+    assert train._join("cpu", train._parser()) == (5, 8, torch.device("cpu"))
+    assert four_gpus[4:] == ["gloo"]
+    with pytest.raises(SystemExit):
+        train._join("cuda:1", train._parser())
+    assert "--device cuda:1: under torchrun each process takes a GPU of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:3", 3)])
+def test_one_process_takes_the_gpu_that_is_asked_for(four_gpus, name, index):
+    assert train._join(name, train._parser()) == (0, 1, torch.device("cuda", index))
+    assert four_gpus == [torch.device("cuda", index)]
 
 
 def test_what_is_printed_to_nobody_is_recorded_before(command, tmp_path, monkeypatch):
