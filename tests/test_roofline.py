@@ -58,9 +58,23 @@ def test_floor_bytes_of_the_net_are_its_images_activations_and_weights():
     y = net(images)
     assert len(meet) == 1 + 9 + 2
     elements = images.numel() + 2 * sum(meet) + y.numel() + sum(p.numel() for p in net.parameters())
-    for dtype, size in (("fp32", 4), ("bf16", 2)):
+    for dtype, size in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
         parts = roofline.network(2, 57, dtype, "inference")
         assert sum(work.floor_bytes for work in parts.values()) == size * elements
+
+
+def test_a_backward_reads_its_input_and_passes_both_gradients():
+    """The stem but for the gradient of images, which nobody needs."""
+    inference, training = (roofline.network(2, 57, "bf16", mode) for mode in ("inference", "training"))
+    weights = 49 * 64 + 64 * 64 + 9 * 64 * 192 + 64 + 64 + 192
+    more = {
+        "stem": 2 * 57**2 + 2 * 8**2 * 192 + 2 * weights,
+        "pool3": 2 * (2 * 8**2 * 480) + 2 * 4**2 * 480,
+        "head": 2 * (2 * 2**2 * 1024) + 2 * 10 + 2 * (1024 * 10 + 10),
+    }
+    assert {name: training[name].floor_bytes - inference[name].floor_bytes for name in more} == {
+        name: 2 * elements for name, elements in more.items()
+    }
 
 
 def test_floor_is_the_longer_of_products_and_memory():
@@ -99,6 +113,17 @@ def test_table(tmp_path, capsys):
     assert "reached" in timed[1]
     assert "reached" not in plain[1]
     assert rows["blocks"][5] == "18"
+    work, moved = parts["3a"], sum(parts["3a"].plan.values())
+    assert rows["3a"][1:7] == [
+        f"{work.flops / 1e9:.2f}",
+        f"{work.floor_bytes / 1e6:.1f}",
+        f"{moved / 1e6:.1f}",
+        f"{moved / work.floor_bytes:.2f}x",
+        "2",
+        f"{floors['3a']:.1f}",
+    ]
+    assert roofline.main(["--chip", "a100", "--dtype", "fp32"]) == 0
+    assert capsys.readouterr().out.startswith("a100: 156 TFLOP/s, 2.039 TB/s (datasheet); inference, fp32")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -141,6 +142,31 @@ def test_an_early_launch_is_for_all_kernels_or_for_none(make, saving, taken):
     keys = [(*ENTRY[:5], H100), (*SPATIAL[:5], H100)]
     tuner = make(lambda key, tiles: 1.0 - saving * tiles.launch_pdl, keys=keys)
     assert [entry["tiles"]["launch_pdl"] for entry in tuner.tune(UNIT, 1)] == [taken, taken]
+
+
+def test_an_early_launch_is_held_against_the_best_tiles_and_only_where_the_chip_has_it(make):
+    for gpu, saving in ((H100, 0.0), (GPU, 0.5)):
+        tuner = make(
+            lambda key, tiles, saving=saving: 1 - 0.3 * tiles.library - saving * tiles.launch_pdl,
+            keys=[(*SPATIAL[:5], gpu)],
+        )
+        (entry,) = tuner.tune(UNIT, 1)
+        assert (entry["tiles"]["library"], entry["tiles"]["launch_pdl"]) == (True, False)
+
+
+def test_float32_gets_rows_of_as_many_bytes():
+    depths = [
+        {change["block_k"] for change in tune.variations("data_gradient", dtype)[0]}
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ]
+    assert depths == [{64}, {64}, {32}]
+
+
+def test_a_pools_tile_follows_where_tiles_get_lower():
+    tiles = configs.Tiles(128, 128, 64, 8, 3, pool=(128, 128, 32))
+    assert tune.vary(tiles, {"block_m": 64}).pool == (64, 128, 32)
+    assert tune.vary(tiles, {"block_m": 256}).pool == (128, 128, 32)
+    assert tune.vary(tiles, {"block_m": 64, "pool": (128, 128, 32)}) is None
 
 
 def test_a_table_is_made_of_the_shapes_that_launches_ask_for(make, tmp_path):
@@ -278,6 +304,7 @@ def test_a_spent_budget_is_said_and_is_no_error(fake_block, tmp_path, capsys):
     output = ["--output", str(tmp_path / "cpu.json")]
     assert tune.main(["--dry-run", "--budget", "1e-9", *output]) == 0
     assert "0 blocks; 1 are left, run again" in capsys.readouterr().out
+    assert not torch.backends.cudnn.benchmark  # as it was
     assert tune.main(["--dry-run", *output]) == 0
     assert "1 blocks; all done" in capsys.readouterr().out
 
@@ -304,6 +331,14 @@ def test_a_disk_that_fills_up_is_said(fake_block, tmp_path, monkeypatch, capsys)
 def test_damaged_progress_is_refused(fake_block, tmp_path, capsys, content, message):
     (tmp_path / "cpu.json.progress").write_text(content)
     refused(["--dry-run", "--output", str(tmp_path / "cpu.json")], message, capsys)
+
+
+def test_a_table_is_of_the_commit_that_it_makes_dirty(fake_block, tmp_path, monkeypatch, capsys):
+    about = tune.conditions(CPU)
+    for state in ("", "-dirty"):
+        monkeypatch.setattr(tune, "conditions", lambda device, state=state: about | {"commit": f"0123456789ab{state}"})
+        assert tune.main(["--dry-run", "--output", str(tmp_path / "cpu.json")]) == 0
+    assert json.loads((tmp_path / "cpu.json").read_text())["conditions"]["commit"] == "0123456789ab"
 
 
 @pytest.mark.parametrize("what", ["device", "driver", "torch", "triton", "commit"])
@@ -390,6 +425,25 @@ def test_a_choice_that_ends_the_program_is_not_tried_again(make, monkeypatch):
             tuner.compare("block", list, choice, {})
     assert json.loads(tuner.path.read_text())["measured"] == tuner.progress["measured"]
     assert tuner.compare("block", list, choice, {}) == float("inf")
+
+
+def test_a_measurement_that_is_interrupted_is_made_again(make, monkeypatch):
+    tuner, choice = make(), {SPATIAL: configs.Tiles(32, 32, 16, 4, 1)}
+    tuner.expected = [torch.ones(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner, "_measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tuner.compare("block", list, choice, {})
+    assert json.loads(tuner.path.read_text())["measured"] == {}
+
+
+def test_a_time_is_the_median_of_its_samples(make):
+    tuner = make()
+    tuner.expected = [torch.ones(3)]
+    times = itertools.cycle([[2e-6, 3e-6, 9e-6], [1e-6, 2e-6, 50e-6]])
+    tuner.timer = mock.Mock(unit="us", cold=lambda run, calls: next(times))
+    assert tuner.compare("block", lambda: [torch.ones(3)], {SPATIAL: configs.Tiles(32, 32, 16, 4, 1)}, {}) == 2 / 3
+    assert [*tuner.progress["measured"].values()] == [{"us": 2.0, "default_us": 3.0}]
 
 
 def test_no_sample_holds_the_planning_of_a_new_choice(make):
