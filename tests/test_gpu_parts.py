@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch import nn
 pytest.importorskip("triton")
 
 from bench.agreement import Errors
-from bench.gpu import baselines, checks, kernels, model, report, timing
-from bench.gpu.case import Candidate, Context, contest
+from bench.gpu import baselines, blocks, checks, kernels, model, networks, report, timing
+from bench.gpu.case import Candidate, Context, contest, unsearched
 from bench.roofline import CHIPS, Work, floor_us
 from fastinception import GoogLeNet, Inception
 from fastinception.googlenet import WIDTHS
@@ -139,11 +140,12 @@ def test_events_are_milliseconds_and_the_host_gets_ahead(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
     timer = timing.EventTimer.__new__(timing.EventTimer)
-    timer.sync, timer.other, timer.head_start, timer.late = lambda: None, torch.zeros(1), timing.HEAD_START, 0
-    calls: list[int] = []
-    assert timer.cold(lambda: calls.append(1), 1000) == [0.25e-3] * timing.COLD_CALLS
+    calls: list[str] = []
+    other = mock.Mock(sum=lambda: calls.append("other memory"))
+    timer.sync, timer.other, timer.head_start, timer.late = lambda: None, other, timing.HEAD_START, 0
+    assert timer.cold(lambda: calls.append("call"), 1000) == [0.25e-3] * timing.COLD_CALLS
     assert slept == [timing.HEAD_START, 2 * timing.HEAD_START]
-    assert len(calls) == 2 * timing.COLD_CALLS
+    assert calls == 2 * timing.COLD_CALLS * ["other memory", "call"]
     assert timer.stream(lambda: None, 5) == [0.05e-3]
     assert timing._noted(timer, timer.late) == {}
     monkeypatch.setattr(_Event, "never", True)
@@ -153,6 +155,22 @@ def test_events_are_milliseconds_and_the_host_gets_ahead(monkeypatch: pytest.Mon
     figures = timing.measure({"late": lambda: None}, timer, cold=True, seconds=0.0)["late"]
     assert (figures["host_late"], timer.late) == (5, 6)  # its own, not the one before
     assert timing.summary([1e-6, 2e-6, 3e-6, 4e-6, 5e-6], "us") == {"us": 3, "quartiles_us": [2, 4], "samples": 5}
+
+
+@pytest.mark.parametrize(("cache", "read"), [(50 << 20, 1 << 28), (128 << 20, 512 << 20)])
+def test_what_is_read_between_cold_calls_is_four_l2_caches(
+    cache: int, read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: mock.Mock(L2_cache_size=cache))
+    monkeypatch.setattr(torch, "zeros", lambda size, device: torch.empty(size, device="meta"))
+    assert timing.EventTimer(torch.device("cpu")).other.nbytes == read
+
+
+def test_the_truth_is_computed_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with unsearched():
+        assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark
 
 
 def test_the_comparison_takes_the_best_of_all_parts() -> None:
@@ -175,6 +193,12 @@ def test_the_comparison_takes_the_best_of_all_parts() -> None:
     assert mean["workload"] == "geometric mean at 128x96x96"
     assert mean["ratio"] == round((1.5**8 * 1.25) ** (1 / 9), 3)
     assert mean["least"] == 1.25
+    kernelbench = {
+        f"10x480 fp32, {mode}": {"rows": [{"variant": "plain", "us": us}, {"variant": "FastInception", "us": us}]}
+        for mode, us in (("default", 6.0), ("max-autotune", 4.0))
+    }
+    (row,) = report.compare({"kernelbench": {"cases": kernelbench}})
+    assert (row["workload"], row["plain_us"], row["fast_us"]) == ("10x480 fp32", 4.0, 4.0)
     del parts["blocks"]["cases"]["3a at 128x96x96"], parts["blocks-max-autotune"]["cases"]["3a at 128x96x96"]
     assert len(report.compare(parts)) == 8  # no mean of some
 
@@ -235,6 +259,67 @@ def test_what_decides_is_compiled_together_and_a_failure_is_left_for_the_contest
     collected.clear()
     assert kernels._decide(next(kernels.shapes(_context())), _context()) == []
     assert Counter(step.kernel.fn.__name__ for step in collected) == {"_spatial_kernel": 3, "_library_kernel": 1}
+
+
+@pytest.mark.parametrize("level", ["entry", "spatial"])
+def test_the_tiles_that_are_shown_are_the_launchs(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, choose = kernels.Block(kernels.Shape("3a", WIDTHS["3a"], 1, 32, "fp16"), _context()), configs.choose
+    asked: list[Any] = []
+    monkeypatch.setattr(configs, "choose", lambda *key: asked.append(key) or choose(*key))
+    configs.forget()
+    getattr(block, level)()
+    block.tiles(level, tuned=True)
+    launched, shown = asked
+    assert launched == shown
+
+
+def test_plain_blocks_run_in_the_layouts_that_they_are_named_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    makers: dict[str, Any] = {}
+    monkeypatch.setattr(blocks, "contest", lambda given, *args, **how: makers.update(given) or [])
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(blocks, "_forward", lambda net, x, truth: seen.extend((x, net.p2_2.weight)))
+    blocks._block(next(kernels.shapes(_context())), "default", _context())
+    for name, format in (("NCHW", torch.contiguous_format), ("channels_last", torch.channels_last)):
+        makers[f"plain eager {name}"]()
+        assert all(t.is_contiguous(memory_format=format) for t in seen)
+        seen.clear()
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_networks_are_timed_from_the_textbooks_start(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    makers: dict[str, Any] = {}
+    monkeypatch.setattr(networks, "contest", lambda given, *args, **how: makers.update(given) or [])
+    networks._network(networks.Workload(mode, 2, 32), "eager", _context())
+    fused = ["plain cudnn_convolution_relu eager channels_last"]  # has no backward
+    assert [name for name in makers if "cudnn" in name] == fused * (mode == "inference")
+    last = makers["FastInception eager channels_last"]().run.net[-1]
+    assert 0 < last.weight.abs().max() <= (6 / (last.in_features + last.out_features)) ** 0.5  # Xavier's bound
+
+
+def test_tests_run_on_the_device_and_only_names_are_asked_for_in_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ``-m gpu`` they would run in the interpreter."""
+    monkeypatch.setattr(checks, "_verdict", lambda name, command, *_: command)
+    for dry in (False, True):
+        command = checks._tests(Path("tests/test_gpu.py"), _context()._replace(dry=dry))
+        assert " ".join(command).count("-m gpu") == 1
+        assert ("--collect-only" in command) is dry
+
+
+def test_a_sanitizer_does_not_run_in_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_verdict", lambda *_: pytest.fail("it ran"))
+    for tool, said in ((None, "not available"), ("/bin/compute-sanitizer", "not run in a dry run")):
+        monkeypatch.setattr(checks.shutil, "which", lambda name, tool=tool: tool)
+        monkeypatch.setenv("CUDA_HOME", "/no/such/folder")
+        assert checks._sanitize("memcheck", _context()) == [{"variant": "compute-sanitizer memcheck", "says": said}]
+
+
+def test_a_program_that_fails_is_a_failed_row_with_the_end_of_what_it_said() -> None:
+    said = "import sys; print('begin' + 5000 * '.'); print('\\x1b[31mred'); sys.exit(int(sys.argv[1]))"
+    rows = [checks._verdict("it", [sys.executable, "-S", "-c", said, status])[0] for status in ("0", "3")]
+    assert [row.get("failed") for row in rows] == [None, "status 3"]
+    assert rows[0]["says"] == "red"
+    assert rows[1]["says"].strip().endswith("red")
+    assert "begin" not in rows[1]["says"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 pytest.importorskip("triton")
 
 from bench import gpu_suite
-from bench.gpu import timing
+from bench.gpu import report, timing
 from bench.gpu.case import Case, Context
 from bench.gpu.model import modelled
 from tests import fresh
@@ -90,6 +91,9 @@ def test_every_part_is_there_right_and_labelled(dry: Path) -> None:
     assert len(_strict(dry / "networks.json")["cases"]) == 2
     profiled = {row["variant"]: row for row in _strict(dry / "profile.json")["cases"]["training 2x32x32"]["rows"]}
     assert profiled["plain: aten::convolution_backward"]["calls"] == 57  # of one step
+    for case in _strict(dry / "networks.json")["cases"].values():
+        for row in case["rows"]:
+            assert row["dry_examples_per_second"] == pytest.approx(2e6 / row["dry_us"], rel=1e-2)
     assert profiled["FastInception: aten::convolution_backward"]["dry_us"] > 0
     for name in ("inference", "training"):
         assert {f"{name}, launch 1: _entry_kernel", f"{name}, launch 2: _spatial_kernel"} <= variants_of("passes")
@@ -128,6 +132,7 @@ from bench import gpu_suite
 from bench.gpu.case import Case
 
 def raises():
+    print(9999 * ".")
     raise RuntimeError("this case raises [/not markup]")
 
 def hangs():
@@ -190,10 +195,28 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(
         assert good["finished"] is True
 
 
+def test_all_that_competes_is_compared() -> None:
+    competing = {part for part in gpu_suite.PARTS if part.startswith(("blocks", "networks", "kernelbench"))}
+    assert {part for parts in report.FAMILIES.values() for part in parts} == competing
+
+
+def test_no_case_ends_the_process_behind_its_own_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What watches a case exits in the middle of whatever runs then. The library searches, as in compare.py."""
+    events: list[Any] = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(gpu_suite.faulthandler, "dump_traceback_later", lambda limit, **_: events.append(limit))
+    monkeypatch.setattr(gpu_suite.faulthandler, "cancel_dump_traceback_later", lambda: events.append("end"))
+    case = Case("one", lambda: events.append(torch.backends.cudnn.benchmark) or [], limit=7.0)
+    monkeypatch.setattr(gpu_suite, "PARTS", {"some": lambda context: [case]})
+    assert gpu_suite.main(["--dry-run", "--in-process", "--output", str(tmp_path)]) == 0
+    assert events == [7.0, True, "end"]
+
+
 class Overdue:
     """A part's process that has recorded a failed row, and runs on when the budget ends."""
 
     pid = 2**31 - 1
+    waited = 0.0
 
     def __init__(self, command: list[str], **_: Any) -> None:
         about = gpu_suite.conditions(torch.device("cpu")) | {"dry": True, "cudnn_benchmark": True}
@@ -202,6 +225,7 @@ class Overdue:
         record.write(cases={"first": failed}, running="second")
 
     def wait(self, timeout: float) -> int:
+        Overdue.waited = timeout
         raise subprocess.TimeoutExpired("a slow case", timeout)
 
 
@@ -211,8 +235,12 @@ def test_what_a_part_recorded_before_the_budget_ended_is_told(
     started = mock.Mock(wraps=subprocess, Popen=Overdue, TimeoutExpired=subprocess.TimeoutExpired)
     monkeypatch.setattr(gpu_suite, "subprocess", started)
     monkeypatch.setattr(gpu_suite, "PARTS", {"slow": None})
+    ended: list[tuple[int, int]] = []
+    monkeypatch.setattr(gpu_suite.os, "killpg", lambda *group: ended.append(group))
     assert gpu_suite.main(["--dry-run", "--output", str(tmp_path / "out")]) == 1
     assert "FAILED: slow, first, plain: too large" in capsys.readouterr().err
+    assert ended == [(Overdue.pid, signal.SIGKILL)]  # what it started ends with it
+    assert 0 < Overdue.waited < gpu_suite.BUDGET  # for what is left of it
 
 
 def test_a_budget_that_is_spent_starts_nothing_and_says_so(
@@ -292,14 +320,15 @@ def test_a_missing_triton_is_said(
     assert "Triton is not installed" in capsys.readouterr().err
 
 
-def test_results_of_another_commit_are_not_mixed_in(
-    tmp_path: Path, no_process: None, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("what", ["device", "torch", "triton", "commit", "dry"])
+def test_results_of_other_conditions_are_not_mixed_in(
+    tmp_path: Path, no_process: None, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
     gpu_suite.main(["--dry-run", "--output", str(tmp_path), "--budget", "1e-9"])
     record = gpu_suite.Record("tests", tmp_path, gpu_suite.conditions(torch.device("cpu")) | {"dry": True})
-    record.write(conditions=record.content["conditions"] | {"commit": "0123456789ab"})
+    record.write(conditions=record.content["conditions"] | {what: "another"})
     assert gpu_suite.main(["--dry-run", "--output", str(tmp_path)]) == 2
-    assert "tests.json was made with commit '0123456789ab'" in capsys.readouterr().err
+    assert f"tests.json was made with {what} 'another'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

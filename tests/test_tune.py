@@ -19,6 +19,7 @@ from rich.console import Console
 pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import JITFunction
 
 from bench import trial, tune
 from bench.report import Display
@@ -233,6 +234,20 @@ def test_what_spills_more_than_the_defaults_is_dropped(make, monkeypatch):
         assert row.get("dropped") == (None if '"num_warps": 8' in name else "spills 20 registers, the defaults 12")
 
 
+def test_spills_are_those_of_what_is_launched_and_not_of_what_is_compiled_ahead(monkeypatch):
+    monkeypatch.setattr(JITFunction, "run", lambda self, name, *, warmup: name)
+    with trial.launched() as kernels:
+        for name in ("ahead", "launched"):
+            JITFunction.run(mock.Mock(), name, warmup=name == "ahead")
+    assert kernels == ["launched"]
+
+
+def test_poison_is_for_one_run_alone():
+    (found,) = trial.poisoned(lambda: [torch.empty(3)])
+    assert found.isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_small_differences_agree():
     half = torch.randn(1000, dtype=torch.float16)
     assert trial.disagreement([half * (1 + 2**-10)], [half]) is None
@@ -300,7 +315,8 @@ def fake_block(monkeypatch):
     monkeypatch.setattr(trial.Shape, "passes", passes)
 
 
-def test_a_spent_budget_is_said_and_is_no_error(fake_block, tmp_path, capsys):
+def test_a_spent_budget_is_said_and_is_no_error(fake_block, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     output = ["--output", str(tmp_path / "cpu.json")]
     assert tune.main(["--dry-run", "--budget", "1e-9", *output]) == 0
     assert "0 blocks; 1 are left, run again" in capsys.readouterr().out
