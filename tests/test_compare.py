@@ -365,6 +365,32 @@ def test_a_fresh_process_measures_the_block_it_is_asked_for() -> None:
     assert "KeyError: 'nothing'" in failure.value.stderr
 
 
+def test_a_fresh_process_computes_on_as_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = mock.Mock(return_value=mock.Mock(stdout='a warning\n{"peak_bytes": 1}\n'))
+    monkeypatch.setattr(memory, "subprocess", mock.Mock(run=run))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert memory.in_fresh_process("plain", 8, 32, "bf16") == {"peak_bytes": 1}
+    spec = {"block": "plain", "batch_size": 8, "image_size": 32, "dtype": "bf16", "threads": 7}
+    assert json.loads(run.call_args.args[0][-1]) == spec
+
+
+def test_a_peak_is_the_most_that_was_ever_resident(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = mock.Mock(read_text=lambda: "VmPeak:\t900 kB\nVmHWM:\t  300 kB\nVmRSS:\t  100 kB\n")
+    monkeypatch.setattr(memory, "Path", lambda name: status)
+    assert memory._peak_resident() == 300 * 1024
+
+
+def test_a_peak_on_a_gpu_is_what_a_later_step_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    runner: Any = mock.Mock(side_effect=lambda: events.append("step"), net=nn.Identity())
+    runner.images.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: events.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 350)
+    assert memory.measure(runner) == {"saved_bytes": 0, "peak_bytes": 250}
+    assert events == ["step", "reset", "step"]
+
+
 def test_the_cross_precision_line_names_both_precisions_and_its_rows() -> None:
     rows = [
         _row("plain eager NCHW", 10.0),
@@ -514,6 +540,34 @@ def test_a_training_call_is_one_sgd_step_from_unscaled_gradients(dtype: str) -> 
         stepped = before[name].double() - 0.1 * p.grad
         torch.testing.assert_close(runner.net.get_parameter(name).double(), stepped, **tolerance)
     assert found["4.weight"].abs().max() > 0.03  # the tolerance is not above what it compares
+
+
+def test_what_is_checked_and_timed_is_the_graph_and_not_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graphed:
+        graph, calls = None, 0
+
+        def __init__(self, function: Any) -> None:
+            self.function = function
+
+        def __call__(self) -> None:
+            self.calls += 1
+            self.graph = object() if self.calls > 3 else None
+            self.function()
+
+    monkeypatch.setattr(harness, "Graphed", Graphed)
+    runner = _tiny_runner("inference", "fp32", cuda_graph=True)
+    for calls in (5, 6):
+        assert runner.evaluate().shape == (4, 10)
+        assert runner.graphed.calls == calls
+
+
+def test_compilation_is_tried_on_the_device_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[str] = []
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: devices.append(x.device.type))
+    assert harness.compile_failure(torch.device("meta")) is None
+    assert devices == ["meta"]
+    monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("no\n compiler")))
+    assert harness.compile_failure(torch.device("cpu")) == "RuntimeError: no compiler"
 
 
 @pytest.mark.gpu

@@ -54,6 +54,7 @@ def tuned(monkeypatch, tmp_path):
         ({"block_k": 0}, "block_k must be a power of two"),
         ({"block_k": 32.0}, "block_k must be a power of two"),
         ({"num_warps": 3}, "num_warps must be"),
+        ({"num_warps": 32}, "num_warps must be 1, 2, 4, 8 or 16"),
         ({"num_stages": 0}, "num_stages at least 1"),
         ({"num_stages": True}, "num_stages at least 1"),
         ({"pool": (128, 64, 32)}, "pool's block_m must divide block_m, got 128 and 64"),
@@ -89,6 +90,9 @@ def test_defaults(dtype, chip):
             assert tiles.block_k == (128 if chip == "cpu" else 128 // dtype.itemsize)
             assert min(columns, 128) <= max(tiles.block_n, 16) < max(2 * columns, 17)
             assert (tiles.pool is not None) is (kernel in ("entry", "entry_train"))
+            if tiles.pool is not None:
+                pixels = 64 if chip.startswith("sm_") else 128
+                assert tiles.pool == (pixels, 128, max(16, tiles.block_k * 64 // pixels))
             assert tiles.num_stages == (4 if chip == "sm_80" else 3)
             assert not tiles.launch_pdl
             assert not tiles.library
@@ -250,6 +254,9 @@ def test_one_warning_where_a_table_has_nothing(tuned):
     assert len(caught) == 1
     assert f"{path} has no entry for entry in torch.bfloat16" in str(caught[0].message)
     assert chosen == configs.DEFAULTS["entry"](torch.bfloat16, "sm_90")
+    configs.forget()
+    with pytest.warns(UserWarning, match="no entry for spatial in torch.float32"):  # of a table that is read again
+        configs.choose("spatial", 100, 64, 128, torch.float32, H100)
 
 
 def test_no_warning_without_a_table(tuned):

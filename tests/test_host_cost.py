@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from unittest import mock
+
 import pytest
+import torch
 
 from bench import host_cost
+from fastinception import FastInception, Inception
 from fastinception.kernels import entry, spatial, target
 from tests import fresh
 
@@ -13,7 +18,12 @@ from tests import fresh
 LIMITS = (0.28, 0.43, 0.41)
 
 
-@pytest.mark.skipif(not target.interpreted(), reason="stubs Triton's launches on CPU tensors: needs TRITON_INTERPRET=1")
+needs_interpreter = pytest.mark.skipif(
+    not target.interpreted(), reason="stubs Triton's launches on CPU tensors: needs TRITON_INTERPRET=1"
+)
+
+
+@needs_interpreter
 def test_a_call_costs_the_host_less_than_the_plain_blocks():
     kernels = entry._entry_kernel, spatial._spatial_kernel
     # The least of each: beside other work one measurement may say anything (0.51 was seen).
@@ -23,6 +33,32 @@ def test_a_call_costs_the_host_less_than_the_plain_blocks():
     assert (entry._entry_kernel, spatial._spatial_kernel) == kernels
     assert all(ratio < limit for ratio, limit in zip(ratios, LIMITS, strict=True)), least
     assert all(least[host_cost.FLOOR][name] < cost for name, cost in least["FastInception"].items()), least
+
+
+@needs_interpreter
+def test_costs_are_the_least_microseconds_of_a_call_on_one_thread(monkeypatch):
+    """The clock says 4 ms for each sample of the first round, and 2 ms in the second; two calls make one."""
+    samples, threads = 3 * 3, []
+    ticks = [tick for seconds in (4e-3, 2e-3) for _ in range(samples) for tick in (0.0, seconds)]
+    monkeypatch.setattr(host_cost.time, "thread_time", mock.Mock(side_effect=itertools.accumulate(ticks)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    found = host_cost.measure(rounds=2, calls=2)
+    kinds = ("inference", "forward with grad", "forward + backward")
+    assert found == {name: pytest.approx(dict.fromkeys(kinds, 1000)) for name in ("plain", "FastInception", "floor")}
+    assert threads == [1, 7]
+
+
+@needs_interpreter
+def test_no_call_launches_a_stub_behind_the_measurement():
+    block = FastInception(*host_cost.WIDTHS, backend="triton")
+    x = torch.rand(1, 16, 2, 2).contiguous(memory_format=torch.channels_last)
+    plain = Inception(*host_cost.WIDTHS)
+    plain.load_state_dict(block.state_dict())
+    with torch.no_grad():
+        with host_cost.stubbed():
+            block(x)
+        torch.testing.assert_close(block(x), plain(x))
 
 
 def test_an_import_leaves_the_interpreter_switch_alone():
