@@ -205,6 +205,28 @@ def test_another_call_is_not_taken_for_a_known_one(planned, change, train):
         assert checks or again
 
 
+@pytest.mark.parametrize("guards", [replay.TensorGuards, None])
+def test_operands_are_alike_only_where_launches_on_them_are(monkeypatch, guards):
+    """With PyTorch's own comparison and without."""
+    configs.forget()
+    monkeypatch.setattr(replay, "TensorGuards", guards)
+    x, bias = torch.zeros(2, 4), torch.zeros(3)
+    found = replay.known([x, bias])
+    assert replay.known([-x, torch.ones(3)]) is found
+    others = [torch.zeros(5), torch.zeros(6)[::2], bias.double(), bias.to("meta"), torch._neg_view(bias)]
+    for other in (*others, misaligned(bias)):
+        assert replay.known([x, other]) is not found
+    assert replay.known([x, bias]) is found
+
+
+@pytest.mark.skipif(replay.TensorGuards is None, reason="nothing is remembered without PyTorch's own comparison")
+def test_what_was_seen_first_is_forgotten_first():
+    seen, operands = [], [[torch.zeros(size)] for size in range(1, replay._MOST_SEEN + 3)]
+    for i, tensors in enumerate(operands):
+        replay.remember(seen, tensors, i)
+    assert [replay.recall(seen, tensors) for tensors in operands] == [None, None, *range(2, len(operands))]
+
+
 @MODES
 def test_tied_parameters_are_no_rule_for_others(planned, train):
     _, x = planned
