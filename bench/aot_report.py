@@ -1,8 +1,8 @@
 """Report what the compiler makes of every kernel and shipped tile size, for chips that this machine need not have.
 
 python bench/aot_report.py                                     # all blocks on sm_90, two on the other chips
-python bench/aot_report.py --chips sm_90 --blocks 3a --dtypes fp16 --mode training inference
-python bench/aot_report.py --chips sm_90 --layout NCHW --images 128x7     # x, weights and output
+python bench/aot_report.py --chip sm_90 --block 3a --dtype fp16 --mode training inference
+python bench/aot_report.py --chip sm_90 --layout NCHW --images 128x7     # x, weights and output
 python bench/aot_report.py --json new.json                     # with one Triton
 python bench/aot_report.py --against new.json                  # with another: where they differ
 
@@ -53,9 +53,9 @@ KEY = ("chip", "block", "images", "layout", "dtype", "mode", "kernel")
 
 def _cases(args: argparse.Namespace) -> list[aot.Case]:
     """Return the product of what was asked for; where no blocks were named, two stand for all but on sm_90."""
-    asked = args.chips, args.blocks or WIDTHS, args.dtypes, args.mode, [args.images], args.layout
+    asked = args.chip, args.block or WIDTHS, args.dtype, args.mode, [args.images], args.layout
     cases = [aot.Case(*case) for case in itertools.product(*asked)]
-    return [case for case in cases if args.blocks or case.chip == "sm_90" or case.block in ("3a", "4e")]
+    return [case for case in cases if args.block or case.chip == "sm_90" or case.block in ("3a", "4e")]
 
 
 def _run(cases: list[aot.Case], kernels: list[str], jobs: int) -> Iterator[list[dict[str, Any]]]:
@@ -148,9 +148,9 @@ def _images(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     chips, kernels = list(aot.CHIPS), list(aot.KERNELS)
-    parser.add_argument("--chips", nargs="+", choices=chips, default=chips, metavar="CHIP", help=" ".join(chips))
-    parser.add_argument("--blocks", nargs="+", choices=WIDTHS, metavar="BLOCK", help=" ".join(WIDTHS))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16")
+    parser.add_argument("--chip", nargs="+", choices=chips, default=chips, metavar="CHIP", help=" ".join(chips))
+    parser.add_argument("--block", nargs="+", choices=WIDTHS, metavar="BLOCK", help=" ".join(WIDTHS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16")
     parser.add_argument(
         "--mode", nargs="+", choices=("training", "inference"), default=["training"], help="default: training"
     )
@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         "--layout", nargs="+", choices=LAYOUTS, default=["channels_last"], help="default: channels_last"
     )
     parser.add_argument(
-        "--kernels", nargs="+", choices=kernels, default=kernels, metavar="KERNEL", help=" ".join(kernels)
+        "--kernel", nargs="+", choices=kernels, default=kernels, metavar="KERNEL", help=" ".join(kernels)
     )
     parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes; default: the number of cores")
     parser.add_argument("--json", type=Path, metavar="PATH", help="keep the report")
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     print(", ".join(f"{name} {version}" for name, version in head.items()))
     report: dict[str, Any] = head | {"rows": []}
     try:
-        for found in _run(_cases(args), args.kernels, args.jobs):
+        for found in _run(_cases(args), args.kernel, args.jobs):
             report["rows"] += found
             if args.json is not None:
                 try:

@@ -1,7 +1,7 @@
 """Say how fast GoogLeNet's Inception blocks could be on a chip, from its datasheet alone; nothing runs.
 
 python bench/roofline.py                                                # the nine blocks' forward, an H100
-python bench/roofline.py --chip mi300x --batch 256 --image-size 224 --mode training
+python bench/roofline.py --chip mi300x --batch-size 256 --image-size 224 --mode training
 python bench/roofline.py --times times.json                             # {"3a": 0.031, ...}, milliseconds
 
 The floor of a block is the longer of its multiply-adds at the tensor cores' rate and its floor bytes at the memory's:
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", choices=CHIPS, default="h100", help="default: h100")
-    parser.add_argument("--batch", type=positive, default=128, help="images; default: 128")
+    parser.add_argument("--batch-size", type=positive, default=128, help="images; default: 128")
     parser.add_argument("--image-size", type=positive, default=96, help="pixels a side; default: 96")
     parser.add_argument("--dtype", choices=ITEMSIZE, default="bf16", help="default: bf16; fp32 is TF32")
     parser.add_argument("--mode", choices=("inference", "training"), default="inference", help="default: inference")
@@ -208,9 +208,9 @@ def main(argv: list[str] | None = None) -> int:
     rate = chip.tf32 if args.dtype == "fp32" else chip.half
     print(
         f"{args.chip}: {rate:g} TFLOP/s, {chip.memory:g} TB/s (datasheet); {args.mode}, {args.dtype}, "
-        f"batch {args.batch}, {args.image_size}x{args.image_size}"
+        f"batch {args.batch_size}, {args.image_size}x{args.image_size}"
     )
-    print("\n".join(lines(network(args.batch, args.image_size, args.dtype, args.mode), chip, args.dtype, times)))
+    print("\n".join(lines(network(args.batch_size, args.image_size, args.dtype, args.mode), chip, args.dtype, times)))
     return 0
 
 

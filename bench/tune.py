@@ -2,7 +2,7 @@
 
 python bench/tune.py                                    # into kernels/tuned/, under the GPU's name
 python bench/tune.py --budget 600                       # ten minutes of it; again: goes on where it stopped
-python bench/tune.py --shapes 1x224 --dtypes bf16 fp16  # batch x image size
+python bench/tune.py --shape 1x224 --dtype bf16 fp16    # batch x image size
 python bench/tune.py --dry-run --output dry.json        # no GPU: a tiny block on the CPU; tests the script
 
 A block runs as a whole: forward for inference, forward for training, backward. Each call finds a cold L2 cache, and one
@@ -291,14 +291,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--budget", type=float, default=float("inf"), metavar="SECONDS", help="stop then; default: when all is done")
     add(
-        "--shapes",
+        "--shape",
         nargs="+",
         type=_shape,
         default=SHAPES,
         metavar="SHAPE",
         help="batch x image size, such as 128x96; images of 32 at least",
     )
-    add("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16; fp32 is TF32")
+    add("--dtype", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16; fp32 is TF32")
     add("--output", type=Path, metavar="TABLE", help="default: where the launchers look for it")
     add("--dry-run", action="store_true", help="a tiny block in fp16 on the CPU: tests this script, times nothing")
     args = parser.parse_args(argv)
@@ -359,8 +359,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     units = [
         Shape(block, widths, batch, image_size, dtype)
-        for dtype in args.dtypes
-        for batch, image_size in args.shapes
+        for dtype in args.dtype
+        for batch, image_size in args.shape
         for block, widths in WIDTHS.items()
     ]
     if args.dry_run:

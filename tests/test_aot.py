@@ -28,21 +28,21 @@ SWEEPS = ("split", "pool_gradient", "sum")  # without products
 FEW, FEWER = "1x14", "32x14"
 OTHER_CHIPS = tuple(chip for chip in aot.CHIPS if chip != "sm_90")
 COMMANDS = (
-    ["--chips", "sm_90", "--dtypes", "bf16", "--mode", "training"],
-    ["--chips", "sm_90", "--blocks", "4b", "--dtypes", "bf16", "--layout", "NCHW", "--kernels", *SWEEPS],
-    ["--blocks", "4e", "--dtypes", "fp32", "--mode", "inference"],
-    ["--chips", *OTHER_CHIPS, "--blocks", "4e", "--dtypes", "fp16", "--mode", "training"],
-    ["--chips", "sm_90", "--blocks", "4e", "--dtypes", "bf16", "--mode", "inference"],
+    ["--chip", "sm_90", "--dtype", "bf16", "--mode", "training"],
+    ["--chip", "sm_90", "--block", "4b", "--dtype", "bf16", "--layout", "NCHW", "--kernel", *SWEEPS],
+    ["--block", "4e", "--dtype", "fp32", "--mode", "inference"],
+    ["--chip", *OTHER_CHIPS, "--block", "4e", "--dtype", "fp16", "--mode", "training"],
+    ["--chip", "sm_90", "--block", "4e", "--dtype", "bf16", "--mode", "inference"],
     # No comparison of bfloat16 in PTX.
-    ["--chips", "sm_80", "--blocks", "3a", "--dtypes", "bf16", "--mode", "training", "--kernels", "entry"],
+    ["--chip", "sm_80", "--block", "3a", "--dtype", "bf16", "--mode", "training", "--kernel", "entry"],
     # The smaller tiles of few pixels, with 64 channels and with 128.
-    ["--chips", "sm_90", "--blocks", "4e", "--dtypes", "bf16", "--images", FEW, "--kernels", *FORWARD, *BACKWARD[:2]],
-    ["--chips", "sm_90", "--blocks", "5b", "--dtypes", "bf16", "--images", "128x3", "--kernels", "entry"],
+    ["--chip", "sm_90", "--block", "4e", "--dtype", "bf16", "--images", FEW, "--kernel", *FORWARD, *BACKWARD[:2]],
+    ["--chip", "sm_90", "--block", "5b", "--dtype", "bf16", "--images", "128x3", "--kernel", "entry"],
     # Fewer images than a step has pixels.
-    ["--chips", "sm_90", "--blocks", "4b", "--dtypes", "bf16", "--images", FEWER, "--kernels", "weight_gradient"],
-    ["--chips", *OTHER_CHIPS, "--blocks", "4e", "--dtypes", "fp16", "--images", FEW, "--kernels", "entry"],
+    ["--chip", "sm_90", "--block", "4b", "--dtype", "bf16", "--images", FEWER, "--kernel", "weight_gradient"],
+    ["--chip", *OTHER_CHIPS, "--block", "4e", "--dtype", "fp16", "--images", FEW, "--kernel", "entry"],
     # A tile of a quarter of the channels, which has twice the pixels, with the fewest registers to spare.
-    ["--chips", "sm_80", "--blocks", "3a", "--dtypes", "fp32", "--kernels", "spatial"],
+    ["--chip", "sm_80", "--block", "3a", "--dtype", "fp32", "--kernel", "spatial"],
 )
 # Issue pressure of the default tiles on sm_90, by the kernel and the mode: what was reached, and of the pool the limits
 # of DESIGN, which allows the GEMM 0.6 and the spatial level 0.5. It is the whole launch's: a tile of few channels alone
@@ -640,12 +640,12 @@ def test_differences_name_the_kernel_the_figure_and_both_values():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--chips", "sm_75"], "invalid choice: 'sm_75'"),
-        (["--blocks", "6a"], "invalid choice: '6a'"),
-        (["--dtypes", "fp64"], "invalid choice: 'fp64'"),
+        (["--chip", "sm_75"], "invalid choice: 'sm_75'"),
+        (["--block", "6a"], "invalid choice: '6a'"),
+        (["--dtype", "fp64"], "invalid choice: 'fp64'"),
         (["--mode", "both"], "invalid choice: 'both'"),
         (["--layout", "nhwc"], "invalid choice: 'nhwc'"),
-        (["--kernels", "conv"], "invalid choice: 'conv'"),
+        (["--kernel", "conv"], "invalid choice: 'conv'"),
         (["--jobs", "0"], "--jobs: must be a whole number, at least 1, got '0'"),
         (["--images", "0x14"], "BATCHxSIDE in pixels of the block's input was expected, got '0x14'"),
         (["--against", "no/such.json"], "--against no/such.json"),
@@ -677,7 +677,7 @@ def test_what_was_compiled_before_an_interrupt_is_kept(monkeypatch, tmp_path, ca
     monkeypatch.setattr(aot, "measure", measure)
     monkeypatch.setattr(aot_report.target, "interpreted", lambda: False)
     path = tmp_path / "kept.json"
-    options = ["--chips", "sm_90", "--dtypes", "bf16", "--mode", "training", "--jobs", "1", "--json", str(path)]
+    options = ["--chip", "sm_90", "--dtype", "bf16", "--mode", "training", "--jobs", "1", "--json", str(path)]
     assert aot_report.main(options) == 130
     assert [row["block"] for row in json.loads(path.read_text())["rows"]] == ["3a"]
     assert capsys.readouterr().err == "stopped\n"

@@ -132,8 +132,8 @@ def test_table(tmp_path, capsys):
         (["--chip", "v100"], "invalid choice: 'v100'"),
         (["--dtype", "fp64"], "invalid choice: 'fp64'"),
         (["--mode", "both"], "invalid choice: 'both'"),
-        (["--batch", "0"], "--batch: must be a whole number, at least 1, got '0'"),
-        (["--batch", "many"], "--batch: must be a whole number, at least 1, got 'many'"),
+        (["--batch-size", "0"], "--batch-size: must be a whole number, at least 1, got '0'"),
+        (["--batch-size", "many"], "--batch-size: must be a whole number, at least 1, got 'many'"),
         (["--image-size", "-1"], "--image-size: must be a whole number, at least 1, got '-1'"),
     ],
 )

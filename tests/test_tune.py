@@ -267,7 +267,7 @@ needs_interpreter = pytest.mark.skipif(not target.interpreted(), reason="a dry r
 def test_a_dry_run_and_going_on_after_an_interrupt(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     table = tmp_path / "cpu.json"
-    command = ["--dry-run", "--dtypes", "bf16", "--output", str(table)]
+    command = ["--dry-run", "--dtype", "bf16", "--output", str(table)]
     measured: list[str] = []
     original = tune.Tuner.compare
 
@@ -379,10 +379,10 @@ def test_a_table_without_its_progress_is_not_overwritten(fake_block, tmp_path, c
     [
         (["--budget", "0"], "--budget must be a positive number of seconds, got 0"),
         (["--budget", "nan"], "--budget must be a positive"),
-        (["--shapes", "128"], "BATCHxSIZE.*got '128'"),
-        (["--shapes", "0x96"], "BATCHxSIZE.*got '0x96'"),
-        (["--shapes", "8x31"], "at least 32 pixels, got '8x31'"),
-        (["--dtypes", "fp64"], "invalid choice: 'fp64'"),
+        (["--shape", "128"], "BATCHxSIZE.*got '128'"),
+        (["--shape", "0x96"], "BATCHxSIZE.*got '0x96'"),
+        (["--shape", "8x31"], "at least 32 pixels, got '8x31'"),
+        (["--dtype", "fp64"], "invalid choice: 'fp64'"),
         (["--dry-run"], "needs an --output outside"),
         (["--dry-run", "--output", "no/such/table.json"], "no/such/table.json: there is no folder"),
         (["--dry-run", "--output", str(configs.TUNED / "cpu.json")], "needs an --output outside"),
