@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -615,6 +616,14 @@ def test_what_cannot_be_recorded(why):
     else:
         operands.append(a)
     assert replay.record(launched, operands, [out], [out]) is None
+
+
+def test_nothing_is_run_for_its_kernels_while_a_graph_is_captured(monkeypatch):
+    """What it does beside its launches would be captured twice."""
+    monkeypatch.setattr(replay, "compiles_together", lambda: True)
+    monkeypatch.setattr(target, "device_of", lambda x: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    replay.compile(lambda: pytest.fail("it ran"), mock.Mock(is_cuda=True))
 
 
 def test_a_first_call_inside_a_capture_says_what_it_needs():
