@@ -44,7 +44,9 @@ def _keys(value: Any) -> set[str]:
 def dry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run every part, in this process, which is faster."""
     folder = tmp_path_factory.mktemp("dry")
+    before = torch.backends.cudnn.benchmark
     assert gpu_suite.main(["--dry-run", "--in-process", "--output", str(folder), "--budget", "600"]) == 0
+    torch.backends.cudnn.benchmark = before
     return folder
 
 
