@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -187,10 +188,11 @@ def test_a_test_loss_that_is_not_finite_ends_the_run(command, tmp_path, monkeypa
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts what is open by /proc")
 def test_a_writing_leaves_nothing_open(tmp_path):
     """A run writes thousands of times, and a process may open a thousand files."""
+    gc.collect()  # may close what other tests left
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         checkpoint.write(tmp_path / "file", b"content", keep=tmp_path / "kept")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_non_finite_weights_are_no_checkpoint(command, tmp_path, monkeypatch, capsys):
