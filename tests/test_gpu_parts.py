@@ -20,7 +20,7 @@ from bench.gpu import baselines, blocks, checks, kernels, model, networks, repor
 from bench.gpu.case import Candidate, Context, contest, unsearched
 from bench.roofline import CHIPS, Work, floor_us
 from fastinception import GoogLeNet, Inception
-from fastinception.googlenet import WIDTHS
+from fastinception.googlenet import WIDTHS, Widths
 from fastinception.kernels import configs, replay
 
 pytestmark = [
@@ -261,9 +261,10 @@ def test_what_decides_is_compiled_together_and_a_failure_is_left_for_the_contest
     assert Counter(step.kernel.fn.__name__ for step in collected) == {"_spatial_kernel": 3, "_library_kernel": 1}
 
 
+@pytest.mark.parametrize("widths", [WIDTHS["3a"], Widths(16, 8, (8, 8), (8, 16), 8)])
 @pytest.mark.parametrize("level", ["entry", "spatial"])
-def test_the_tiles_that_are_shown_are_the_launchs(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    block, choose = kernels.Block(kernels.Shape("3a", WIDTHS["3a"], 1, 32, "fp16"), _context()), configs.choose
+def test_the_tiles_that_are_shown_are_the_launchs(level: str, widths: Widths, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, choose = kernels.Block(kernels.Shape("3a", widths, 1, 32, "fp16"), _context()), configs.choose
     asked: list[Any] = []
     monkeypatch.setattr(configs, "choose", lambda *key: asked.append(key) or choose(*key))
     configs.forget()

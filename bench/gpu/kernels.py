@@ -115,8 +115,10 @@ class Block:
         gpu = target.gpu(self.x.device)
         if not tuned:
             return configs.DEFAULTS[level](self.dtype, gpu.chip)
-        k, c1, (r2, c2), (r3, _), _ = self.shape.widths
-        reduction, columns = (k, c1 + r2 + r3) if level == "entry" else (9 * r2, c2)
+        k, c1, (r2, c2), (r3, c3), _ = self.shape.widths
+        reduction, columns = k, c1 + r2 + r3
+        if level == "spatial":  # of its larger convolution, and the most channels of both
+            reduction, columns = 9 * r2 if 9 * r2 * c2 >= 25 * r3 * c3 else 25 * r3, max(c2, c3)
         return configs.choose(level, self.shape.rows, reduction, columns, self.dtype, gpu)
 
     def work(self, level: str) -> roofline.Work:
