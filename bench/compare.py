@@ -171,9 +171,8 @@ def main(argv: list[str] | None = None) -> int:
     except Disagreement as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
-        # A CPU's allocator has no exception of its own.
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not backends.is_out_of_memory(error):
             raise
         print(f"FAILED: --batch-size {args.batch_size} does not fit: {error}", file=sys.stderr)
         return 1

@@ -268,6 +268,13 @@ def special_state() -> str | None:
     return None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that what was asked for does not fit the memory of the host or of a device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # a CPU's has no class of its own
+
+
 def refuse_script(module: nn.Module) -> NoReturn:
     """Raise TypeError: the ``__prepare_scriptable__`` of modules whose forward ``torch.jit.script`` cannot compile.
 

@@ -388,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+        if not backends.is_out_of_memory(error):
             raise
         print(f"{parser.prog}: error: the images or --batch-size do not fit into the memory: {error}", file=sys.stderr)
         return 1

@@ -689,12 +689,6 @@ def test_training_that_ends_in_nan_is_no_row(
     assert f"FAILED: training, fp32: {report.BASE} left NaN or infinity" in capsys.readouterr().err
 
 
-def test_a_batch_that_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(compare, "run", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
-    assert compare.main(TINY) == 1
-    assert "FAILED: --batch-size 2 does not fit: CUDA out of memory" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("freezing", [False, True])
 def test_a_frozen_graph_keeps_its_weights(freezing: bool) -> None:
     torch.compiler.reset()
@@ -779,13 +773,18 @@ def test_a_disk_that_fills_up_stops_no_measurement(
         assert f"FAILED: {path} cannot be written: [Errno 28] No space left on device" in errors
 
 
-@pytest.mark.usefixtures("fast_schedule")
 def test_a_batch_that_does_not_fit_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compare.Comparison, "group", lambda self, mode, dtype: torch.empty(1 << 45))
-    assert compare.main([*TINY, "--mode", "inference"]) == 1
-    assert "FAILED: --batch-size 2 does not fit: " in capsys.readouterr().err
+    """A device says so by a class of its own, a CPU by a RuntimeError that is none of ours."""
+    on_a_device = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    for run, said in ((on_a_device, "CUDA out of memory"), (lambda *_: torch.empty(1 << 45), "")):
+        monkeypatch.setattr(compare, "run", run)
+        assert compare.main(TINY) == 1
+        assert f"FAILED: --batch-size 2 does not fit: {said}" in capsys.readouterr().err
+    monkeypatch.setattr(compare, "run", mock.Mock(side_effect=RuntimeError("another")))
+    with pytest.raises(RuntimeError, match="another"):
+        compare.main(TINY)
 
 
 @pytest.mark.usefixtures("fast_schedule")

@@ -341,6 +341,18 @@ def test_bad_option(options, message, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_what_does_not_fit_into_the_memory_is_named(monkeypatch, capsys):
+    """A device says so by a class of its own, a CPU by a RuntimeError that is none of ours."""
+    on_a_device = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    for work in (on_a_device, mock.Mock(side_effect=MemoryError), lambda *_: torch.empty(1 << 45)):
+        monkeypatch.setattr(train, "_train", work)
+        assert train.main(["--device", "cpu"]) == 1
+        assert "error: the images or --batch-size do not fit into the memory" in capsys.readouterr().err
+    monkeypatch.setattr(train, "_train", mock.Mock(side_effect=RuntimeError("another")))
+    with pytest.raises(RuntimeError, match="another"):
+        train.main(["--device", "cpu"])
+
+
 @pytest.fixture
 def four_gpus(monkeypatch):
     """A machine of four GPUs and two nodes' processes; returns what was chosen of it."""
