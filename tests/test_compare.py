@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.metadata
 import itertools
 import json
 import math
-import mmap
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,9 +20,10 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import agreement, compare, comparison, engines, floor, harness, memory, record, report
+from bench import compare, comparison, engines, floor, harness, record, report
 from fastinception import FastInception, GoogLeNet, backends
 from fastinception.reference import Inception
+from tests.runs import write_idx
 
 SCRIPT = Path(compare.__file__)
 TINY = ["--synthetic", "--device", "cpu", "--batch-size", "2", "--image-size", "32"]
@@ -72,16 +70,6 @@ def _strict(path: Path) -> Any:
         raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(path.read_text(), parse_constant=refuse)
-
-
-def _tiny_net() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
-
-
-def _tiny_runner(mode: str, dtype: str, **options: Any) -> harness.Runner:
-    generator = torch.Generator().manual_seed(0)
-    images, labels = torch.rand(4, 1, 8, 8, generator=generator), torch.arange(4)
-    return harness.Runner(_tiny_net(), images, labels, mode=mode, dtype=dtype, **options)
 
 
 def test_the_script_writes_what_it_measured(tmp_path: Path) -> None:
@@ -333,64 +321,6 @@ def test_many_page_faults_are_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert kept["conditions"]["notes"][-1].endswith("(the others had few): plain eager channels_last 1,234")
 
 
-def test_page_faults_are_those_of_one_call() -> None:
-    pages = 200
-    piece = mmap.mmap(-1, pages * mmap.PAGESIZE)
-
-    def touch() -> None:
-        for page in range(pages):
-            piece[page * mmap.PAGESIZE] = 1
-
-    first, again = harness.page_faults(touch), harness.page_faults(touch)
-    piece.close()
-    assert first - again >= pages // 2  # a system may map several pages at once
-
-
-def test_saved_bytes_are_what_autograd_keeps_less_the_parameters() -> None:
-    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1))
-    x = torch.rand(2, 1, 8, 8)
-    with memory.saved_bytes(net) as found:
-        net(x).sum()
-    # The input, and ReLU's result, which the second convolution saves as well.
-    assert sum(found.values()) == 4 * (x.numel() + 2 * 4 * 8 * 8)
-
-
-def test_a_fresh_process_measures_the_block_it_is_asked_for() -> None:
-    found = memory.in_fresh_process("plain", 32, 32, "fp32")
-    images, labels = torch.rand(32, 1, 32, 32), torch.zeros(32).long()
-    here = memory.measure(harness.Runner(GoogLeNet(), images, labels, mode="training", dtype="fp32"))
-    assert 0 < here["saved_bytes"] == found["saved_bytes"] < found["peak_bytes"]
-    with pytest.raises(subprocess.CalledProcessError) as failure:
-        memory.in_fresh_process("nothing", 2, 32, "fp32")
-    assert "KeyError: 'nothing'" in failure.value.stderr
-
-
-def test_a_fresh_process_computes_on_as_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = mock.Mock(return_value=mock.Mock(stdout='a warning\n{"peak_bytes": 1}\n'))
-    monkeypatch.setattr(memory, "subprocess", mock.Mock(run=run))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    assert memory.in_fresh_process("plain", 8, 32, "bf16") == {"peak_bytes": 1}
-    spec = {"block": "plain", "batch_size": 8, "image_size": 32, "dtype": "bf16", "threads": 7}
-    assert json.loads(run.call_args.args[0][-1]) == spec
-
-
-def test_a_peak_is_the_most_that_was_ever_resident(monkeypatch: pytest.MonkeyPatch) -> None:
-    status = mock.Mock(read_text=lambda: "VmPeak:\t900 kB\nVmHWM:\t  300 kB\nVmRSS:\t  100 kB\n")
-    monkeypatch.setattr(memory, "Path", lambda name: status)
-    assert memory._peak_resident() == 300 * 1024
-
-
-def test_a_peak_on_a_gpu_is_what_a_later_step_adds(monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    runner: Any = mock.Mock(side_effect=lambda: events.append("step"), net=nn.Identity())
-    runner.images.device = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: events.append("reset"))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 350)
-    assert memory.measure(runner) == {"saved_bytes": 0, "peak_bytes": 250}
-    assert events == ["step", "reset", "step"]
-
-
 def test_the_cross_precision_line_names_both_precisions_and_its_rows() -> None:
     rows = [
         _row("plain eager NCHW", 10.0),
@@ -428,166 +358,6 @@ def test_a_table_shows_half_the_distance_of_the_quartiles_and_memory_under_its_n
     cells = {str(column.header): next(iter(column.cells)) for column in view.columns}
     assert (cells["spread"], cells["outside\nconvs"]) == ("+-20.0%", "50%")
     assert (cells["saved\nMB"], cells["peak\nMB"]) == ("2", "7")
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Stop the clock: its time is what the test adds to the one number in the list."""
-    now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    return now
-
-
-def test_the_first_call_is_in_no_sample_and_a_sample_is_the_time_of_one_call(clock: list[float]) -> None:
-    calls = {"a": 0, "b": 0}
-
-    def run(name: str, seconds: float) -> None:
-        calls[name] += 1
-        clock[0] += 100.0 if calls[name] == 1 else seconds
-
-    runs = {"a": lambda: run("a", 0.001), "b": lambda: run("b", 0.5)}
-    *_, (samples, rounds) = harness.interleave(runs, lambda: None, warmup=1.0, rounds=3, seconds=0.0)
-    assert rounds == 3
-    assert samples == {"a": [pytest.approx(0.001)] * 3, "b": [pytest.approx(0.5)] * 3}
-    # A second of warm-up, then as many calls a sample as make it long enough for the clock.
-    assert calls["a"] == pytest.approx(1 + 1000 + 3 * harness.MIN_SAMPLE / 0.001, abs=2)
-    assert calls["b"] == 1 + 2 + 3
-
-
-def test_a_pause_comes_before_a_sample_and_is_not_in_it():
-    """Threads that spin after one run must not share the cores with the next."""
-    start = time.perf_counter()
-    (sample,) = harness.wall_clock(lambda: None, pause=0.2)(lambda: None, 1)
-    assert time.perf_counter() - start >= 0.2
-    assert sample < 0.1
-
-
-def test_more_rounds_are_taken_where_the_seconds_allow(clock: list[float]) -> None:
-    def run() -> None:
-        clock[0] += 0.5
-
-    *_, (samples, rounds) = harness.interleave({"a": run}, lambda: None, warmup=0.0, rounds=3, seconds=5.0)
-    assert rounds == len(samples["a"]) == 10
-
-
-def test_rounds_take_turns_and_each_starts_with_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "MIN_SAMPLE", 0.0)
-    order: list[str] = []
-    runs = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    for samples, _ in harness.interleave(runs, lambda: None, warmup=0.0, rounds=3, seconds=0.0):
-        if not samples["a"]:
-            order.clear()
-    assert "".join(order) == "abc" + "bca" + "cab"
-
-
-def test_every_sample_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    pending = [0]
-    waited: list[int] = []
-
-    def launch() -> None:
-        pending[0] += 1
-
-    def sync() -> None:
-        waited.append(pending[0])
-        pending[0] = 0
-
-    clock_saw: list[int] = []
-    real = time.perf_counter
-
-    def clock() -> float:
-        clock_saw.append(pending[0])
-        return real()
-
-    monkeypatch.setattr(time, "perf_counter", clock)
-    for _ in harness.interleave({"a": launch}, sync, warmup=0.0, rounds=2, seconds=0.0):
-        pass
-    assert sum(waited) > 2
-    assert set(clock_saw) == {0}
-
-
-def test_a_rate_is_the_median_with_its_quartiles() -> None:
-    assert harness.rate([1.0, 0.5, 0.25, 0.2, 10.0], 2) == (4.0, [2.0, 8.0])
-    assert harness.rate([0.5], 2) == (4.0, [4.0, 4.0])
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_inference_casts_and_leaves_the_network_alone(dtype: str) -> None:
-    runner = _tiny_runner("inference", dtype, layout="channels_last")
-    before = [p.clone() for p in runner.net.parameters()]
-    runner()
-    logits = runner.evaluate()
-    assert logits.dtype == harness.DTYPES[dtype]
-    assert logits.is_inference()
-    assert all(torch.equal(p, q) for p, q in zip(runner.net.parameters(), before, strict=True))
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_a_training_call_is_one_sgd_step_from_unscaled_gradients(dtype: str) -> None:
-    torch.manual_seed(0)
-    runner = _tiny_runner("training", dtype)
-    before = {name: p.detach().clone() for name, p in runner.net.named_parameters()}
-    assert runner.evaluate().dtype == harness.DTYPES[dtype]
-    found = runner.gradients()
-    truth = _tiny_net().double()
-    truth.load_state_dict(before)
-    nn.functional.cross_entropy(truth(runner.images.double()), runner.labels).backward()
-    runner()
-    runner.evaluate()  # a second backward must not add to the first
-    tolerance = {"rtol": 0.0, "atol": 1e-6 if dtype == "fp32" else 2e-2}
-    for name, p in truth.named_parameters():
-        assert found[name].dtype == torch.float32
-        torch.testing.assert_close(found[name].double(), p.grad, **tolerance)
-        stepped = before[name].double() - 0.1 * p.grad
-        torch.testing.assert_close(runner.net.get_parameter(name).double(), stepped, **tolerance)
-    assert found["4.weight"].abs().max() > 0.03  # the tolerance is not above what it compares
-
-
-def test_what_is_checked_and_timed_is_the_graph_and_not_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Graphed:
-        graph, calls = None, 0
-
-        def __init__(self, function: Any) -> None:
-            self.function = function
-
-        def __call__(self) -> None:
-            self.calls += 1
-            self.graph = object() if self.calls > 3 else None
-            self.function()
-
-    monkeypatch.setattr(harness, "Graphed", Graphed)
-    runner = _tiny_runner("inference", "fp32", cuda_graph=True)
-    for calls in (5, 6):
-        assert runner.evaluate().shape == (4, 10)
-        assert runner.graphed.calls == calls
-
-
-def test_compilation_is_tried_on_the_device_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    devices: list[str] = []
-    monkeypatch.setattr(torch, "compile", lambda function: lambda x: devices.append(x.device.type))
-    assert harness.compile_failure(torch.device("meta")) is None
-    assert devices == ["meta"]
-    monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("no\n compiler")))
-    assert harness.compile_failure(torch.device("cpu")) == "RuntimeError: no compiler"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["inference", "training"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_a_cuda_graph_computes_what_eager_computes(mode: str, dtype: str) -> None:
-    images, labels = torch.rand(4, 1, 8, 8, device="cuda"), torch.arange(4, device="cuda")
-    net, twin = _tiny_net(), _tiny_net()
-    twin.load_state_dict(net.state_dict())
-    eager = harness.Runner(net, images, labels, mode=mode, dtype=dtype)
-    graph = harness.Runner(twin, images, labels, mode=mode, dtype=dtype, cuda_graph=True)
-    # cuDNN may add up in another order; TF32 and 16-bit numbers round coarsely.
-    tolerance = {"rtol": 1e-2, "atol": 1e-3}
-    for _ in range(3):
-        torch.testing.assert_close(graph.evaluate(), eager.evaluate(), **tolerance)
-        if mode == "training":
-            torch.testing.assert_close(graph.gradients(), eager.gradients(), **tolerance)
-        graph()
-        eager()
-    torch.testing.assert_close(dict(twin.named_parameters()), dict(net.named_parameters()), **tolerance)
 
 
 def test_a_cpu_that_emulates_bf16_measures_it_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -652,7 +422,7 @@ def test_what_is_called_frozen_is() -> None:
     compared = comparison.Comparison([], batch, cpu, True, False, display)
     for variant in comparison.variants("inference", "fp32", cpu, True, False):
         if not variant.engine:
-            runner = compared._runner(variant, _tiny_net(), "inference", "fp32")
+            runner = compared._runner(variant, nn.Conv2d(1, 4, 3), "inference", "fp32")
             assert runner.freezing is variant.name.endswith("frozen")
 
 
@@ -663,7 +433,7 @@ def test_a_row_is_run_as_it_says(device: str, monkeypatch: pytest.MonkeyPatch) -
     compared = comparison.Comparison([], batch, torch.device("cpu"), True, False, display)
     monkeypatch.setattr(comparison, "Runner", lambda *args, **options: options)
     for variant in comparison.variants("training", "bf16", torch.device(device), True, False):
-        given: Any = compared._runner(variant, _tiny_net(), "training", "bf16")
+        given: Any = compared._runner(variant, nn.Conv2d(1, 4, 3), "training", "bf16")
         said = {name: getattr(variant, name) for name in ("layout", "compile_options", "freezing", "cuda_graph")}
         assert given == said | {"mode": "training", "dtype": "bf16"}
 
@@ -689,16 +459,6 @@ def test_training_that_ends_in_nan_is_no_row(
     assert f"FAILED: training, fp32: {report.BASE} left NaN or infinity" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("freezing", [False, True])
-def test_a_frozen_graph_keeps_its_weights(freezing: bool) -> None:
-    torch.compiler.reset()
-    runner = _tiny_runner("inference", "fp32", compile_options={}, freezing=freezing)
-    before = runner.evaluate().clone()
-    with torch.inference_mode():
-        runner.net[0].weight.zero_()  # the graph has its own, in oneDNN's layout
-    assert torch.equal(runner.evaluate(), before) is freezing
-
-
 @pytest.mark.parametrize("name", list(comparison.engines.ENGINES))
 def test_an_engine_computes_what_the_network_computes(name: str) -> None:
     if name not in comparison.engines.available("fp32"):
@@ -709,18 +469,15 @@ def test_an_engine_computes_what_the_network_computes(name: str) -> None:
     torch.testing.assert_close(engine.evaluate(), net(images).detach(), rtol=1e-3, atol=1e-4)
 
 
-def _write_idx(folder: Path, count: int) -> np.ndarray[Any, Any]:
+def _write_test_split(folder: Path, count: int) -> np.ndarray[Any, Any]:
     images = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
-    header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in images.shape)
-    (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + images.tobytes()))
-    labels = (np.arange(count) % 10).astype(np.uint8)
-    header = b"\0\0\x08\x01" + count.to_bytes(4, "big")
-    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + labels.tobytes()))
+    write_idx(folder / "t10k-images-idx3-ubyte.gz", images)
+    write_idx(folder / "t10k-labels-idx1-ubyte.gz", (np.arange(count) % 10).astype(np.uint8))
     return images
 
 
 def test_the_batch_is_the_first_test_images_as_floats(tmp_path: Path) -> None:
-    images = _write_idx(tmp_path, 5)
+    images = _write_test_split(tmp_path, 5)
     batch = harness.load_batch(3, 28, torch.device("cpu"), synthetic=False, data_root=tmp_path)
     assert torch.equal(batch.images, torch.from_numpy(images[:3, None]).float() / 255)
     assert batch.labels.tolist() == [0, 1, 2]
@@ -732,7 +489,7 @@ def test_missing_data_is_an_error_and_not_replaced(
     images: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if images:
-        _write_idx(tmp_path, images)
+        _write_test_split(tmp_path, images)
     assert compare.main(["--device", "cpu", "--batch-size", "4", "--data-root", str(tmp_path)]) == 1
     printed = capsys.readouterr()
     assert ("there are only 3" if images else str(tmp_path)) in printed.err
@@ -843,24 +600,6 @@ def test_a_folder_in_which_nobody_may_write_is_found_at_once() -> None:
         record.check_writable(Path("/proc/r.json"))
 
 
-def test_images_that_do_not_fit_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise MemoryError("Unable to allocate 596. GiB")
-
-    monkeypatch.setattr(harness, "fashion_mnist", full)
-    with pytest.raises(ValueError, match=r"images of 96 pixels a side do not fit into the memory: Unable to allocate"):
-        harness.load_batch(8, 96, torch.device("cpu"), synthetic=False)
-
-
-def test_what_a_device_says_is_not_taken_for_too_large_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any, **__: Any) -> None:
-        raise RuntimeError("CUDA error: no kernel image")
-
-    monkeypatch.setattr(Tensor, "to", broken)
-    with pytest.raises(RuntimeError, match="no kernel image"):
-        harness.load_batch(1, 8, torch.device("cpu"), synthetic=True)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -908,41 +647,6 @@ def test_a_backend_that_cannot_be_ends_with_status_2(
         compare.main([*TINY, "--device", "cpu"])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_the_truth_is_one_fp64_pass_of_the_plain_network() -> None:
-    torch.manual_seed(0)
-    weights = agreement.check_weights()
-    images, labels = torch.rand(35, 1, 16, 16), torch.arange(35) % 10  # more than one of its pieces
-    found = agreement.truth(weights, images, labels, True)
-    net = GoogLeNet().double()
-    net.load_state_dict(weights)
-    logits = net(images.double())
-    nn.functional.cross_entropy(logits, labels).backward()
-    torch.testing.assert_close(found.logits, logits.detach())
-    torch.testing.assert_close(found.gradients, {name: p.grad for name, p in net.named_parameters()})
-
-
-def test_a_lost_gradient_is_seen_through_any_noise() -> None:
-    noisy = agreement.Errors(0.01, {"a": 0.6, "b": 0.1}, 0.5)
-    agreement.check("all is well", noisy, noisy)
-    with pytest.raises(agreement.Disagreement, match="wrong: gradient of b"):
-        agreement.check("wrong", agreement.Errors(0.01, {"a": 0.6, "b": 1.0}, 0.5), noisy)
-
-
-def test_a_parameter_whose_gradient_is_noisier_than_the_others_is_allowed_twice_its_own() -> None:
-    plain = agreement.Errors(0.01, {"a": 0.3, "b": 0.01}, 0.02)
-    agreement.check("all is well", agreement.Errors(0.01, {"a": 0.6, "b": 0.01}, 0.04), plain)
-    with pytest.raises(agreement.Disagreement, match="wrong: gradient of b"):
-        agreement.check("wrong", agreement.Errors(0.01, {"a": 0.6, "b": 0.1}, 0.04), plain)
-
-
-def test_the_check_weights_let_bf16_see_a_wrong_block() -> None:
-    # The reason for them: logits that depend on the image by more than bf16's rounding.
-    torch.manual_seed(0)
-    images = torch.rand(8, 1, 32, 32)
-    found = agreement.truth(agreement.check_weights(), images, torch.arange(8), False)
-    assert found.logits.std(0).mean() > 0.02 * found.logits.abs().mean()
 
 
 def test_the_fast_side_is_fastinception() -> None:
