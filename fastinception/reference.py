@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import SupportsIndex
+import operator
+from contextlib import suppress
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +13,12 @@ from torch import Tensor, nn
 
 def width(name: str, value: object) -> int:
     """Return a number of channels that an argument gives, or raise what names it."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+    number = None
+    if not isinstance(value, bool) and getattr(value, "dtype", None) is not torch.bool:
+        with suppress(TypeError):  # a tensor may be no integer
+            number = operator.index(cast(Any, value))
+    if number is None:
         raise TypeError(f"{name} must be an int, got {value!r}")
-    number = value.__index__()
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}")
     return number

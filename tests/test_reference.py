@@ -250,6 +250,8 @@ BAD_WIDTHS = [
     ((1, 1, (1, 1), (1.0, 1), 1), TypeError, "c3[0] must be an int, got 1.0"),
     ((1, 1, (1, 1), (1, 1), "8"), TypeError, "c4 must be an int, got '8'"),
     ((1, 1, (1, 1), (1, 1), None), TypeError, "c4 must be an int, got None"),
+    ((1, torch.tensor(True), (1, 1), (1, 1), 1), TypeError, "c1 must be an int, got tensor(True)"),
+    ((1, torch.tensor([1, 2]), (1, 1), (1, 1), 1), TypeError, "c1 must be an int, got tensor([1, 2])"),
     ((1, 1, 3, (1, 1), 1), TypeError, "c2 must be a pair (reduction, output) of channel counts, got 3"),
     ((1, 1, (1, 1), "ab", 1), TypeError, "c3 must be a pair (reduction, output) of channel counts, got 'ab'"),
     ((1, 1, {1, 2}, (1, 1), 1), TypeError, "c2 must be a pair (reduction, output) of channel counts, got {1, 2}"),
