@@ -39,7 +39,7 @@ try:
     import torch
     from rich.console import Console
 
-    from bench.gpu import blocks, checks, kernels, networks, report
+    from bench.gpu import blocks, checks, first_layer, kernels, networks, report
     from bench.gpu.case import Case, Context
     from bench.gpu.timing import EventTimer, HostTimer
     from bench.record import conditions, write_json
@@ -49,6 +49,7 @@ except ModuleNotFoundError as missing:
 
 PARTS: dict[str, Callable[[Context], list[Case]]] = {
     "decisive": kernels.decisive,
+    "first-layer": first_layer.cases,
     "environment": checks.environment,
     "networks": partial(networks.cases, "eager"),
     "profile": networks.profile,

@@ -167,7 +167,8 @@ def watched() -> bool:
 
 def are_countable(x: Tensor) -> bool:
     """Tell whether images have pixels, and as few as the kernels count."""
-    return 0 < x.shape[0] * x.shape[2] * x.shape[3] <= _MOST_PIXELS
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return holds(pixels > 0) and holds(pixels <= _MOST_PIXELS)
 
 
 def _too_large(x: Tensor, params: Sequence[Tensor]) -> str | None:

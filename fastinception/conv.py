@@ -1,4 +1,4 @@
-"""Convolve around the blocks as fast as within them: in a half precision that slows a CPU down, and in training."""
+"""Convolve around the blocks as fast as within them: on a CPU in half precision and in training, on a GPU images."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastinception import backends, conv_backward, custom_op
+from fastinception.kernels import target
 
 
 class Conv2d(nn.Conv2d):
-    """Convolve as ``torch.nn.Conv2d`` does; on some CPUs by another way, where that is faster.
+    """Convolve as ``torch.nn.Conv2d`` does; by another way where that is faster.
+
+    On a GPU that runs Triton, images of one channel, which the library convolves slowly, in channels_last: with a bias
+    and a kernel of odd sizes, at most 7x7, padded by half of them.
 
     Where a CPU is slower in the dtype than in float32, in that: without products of bfloat16 or float16 PyTorch's own
     loops take many times as long, and some have them at half the rate. The operands are widened and the result is
@@ -29,13 +33,28 @@ class Conv2d(nn.Conv2d):
 
     Shape:
         As ``torch.nn.Conv2d``: ``[N, C, H, W]`` to ``[N, out_channels, H_out, W_out]``.
+
+    Attributes:
+        backend: ``"aten"`` keeps Triton out; ``"triton"`` asks for it on CPU tensors, in Triton's interpreter. A
+            convolution starts with what the environment variable FASTINCEPTION_BACKEND says when it is built.
     """
 
+    backend: str = "auto"
     __prepare_scriptable__ = backends.refuse_script
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.backend = backends.check("auto")
 
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor):  # a torch.fx.Proxy, or an error that is torch's
             return super().forward(input)
+        if self.serves_first_layer(input):
+            device = input.device.type
+            operands = [input, self.weight, cast(Tensor, self.bias)]
+            if torch.is_autocast_enabled(device):
+                operands = [t.to(torch.get_autocast_dtype(device)) for t in operands]
+            return cast(Tensor, torch.ops.fastinception.first_layer(*operands, self.stride[0]))
         casts = input.device.type == "cpu" and torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if casts else input.dtype
         operands = [input, self.weight] if self.bias is None else [input, self.weight, self.bias]
@@ -53,21 +72,52 @@ class Conv2d(nn.Conv2d):
             return cast(Tensor, torch.ops.fastinception.conv2d(x, weight, bias))
         return cast(Tensor, self._conv_forward(x, weight, bias))
 
-    def _has_a_faster_gradient(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    def serves_first_layer(self, x: Tensor) -> bool:
+        """Tell whether Triton convolves x, images of one channel."""
+        if self.in_channels != 1 or self.backend == "aten" or (self.backend == "auto" and x.device.type != "cuda"):
+            return False  # first: all others pay for no more
+        device, weight, bias = x.device, self.weight, self.bias
+        casts = device.type != "meta" and torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if casts else x.dtype
         return (
-            conv_backward.COLUMNS_PAY
-            and backends.special_state() is None  # first: a trace would keep, and compare, what is asked of shapes
-            and type(self) is Conv2d  # another class may convolve by its own _conv_forward, and so may one module
+            bias is not None
+            and backends.special_state() is None
+            and self._is_padded_by_half(x, weight, bias)
+            and self.stride[0] == self.stride[1]
+            and max(self.kernel_size) <= 7
+            and weight.shape == (self.out_channels, 1, *self.kernel_size)
+            and bias.shape == weight.shape[:1]
+            and x.shape[1] == 1
+            and all(t.dtype is dtype or (casts and t.dtype is torch.float32) for t in (x, weight, bias))
+            and device == weight.device == bias.device
+            and target.unsupported(device, dtype) is None
+            and target.without_products(device) is None
+            and backends.are_countable(x)
+            and result_format(x, weight) is torch.channels_last
+        )
+
+    def _is_padded_by_half(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Tell whether this convolves plain tensors as its class does, by a kernel of odd sizes around each pixel."""
+        return (
+            type(self) is Conv2d  # another class may convolve by its own _conv_forward, and so may one module
             and "_conv_forward" not in backends.attributes()(self)
-            and torch.is_grad_enabled()
-            and weight.requires_grad
             and all(type(t) in backends.PLAIN for t in (x, weight, bias) if t is not None)
             and x.dim() == weight.dim() == 4
             and weight.shape[2] % 2 == weight.shape[3] % 2 == 1
             and self.padding == (weight.shape[2] // 2, weight.shape[3] // 2)
             and self.padding_mode == "zeros"
-            and self.stride == self.dilation == (1, 1)
+            and self.dilation == (1, 1)
             and self.groups == 1
+        )
+
+    def _has_a_faster_gradient(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        return (
+            conv_backward.COLUMNS_PAY
+            and backends.special_state() is None  # first: a trace would keep, and compare, what is asked of shapes
+            and torch.is_grad_enabled()
+            and weight.requires_grad
+            and self._is_padded_by_half(x, weight, bias)
+            and self.stride == (1, 1)
             and custom_op.memory_format(x) is torch.channels_last
             and conv_backward.by_columns(x, weight)
         )

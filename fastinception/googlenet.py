@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -49,8 +50,8 @@ class GoogLeNet(nn.Sequential):
     Around ``FastInception`` the stem's ReLUs come after the max pools: the same numbers and gradients, as a maximum and
     a ReLU commute, from a quarter of the elements; not every activation put in their place would. Its pools and
     convolutions are :class:`fastinception.MaxPool2d` and :class:`fastinception.Conv2d`. On a CPU a large batch passes
-    each of the stem's pools in parts; by Triton, in eager inference, bias, pool and ReLU are one launch. The pools have
-    the first block's backend.
+    each of the stem's pools in parts; by Triton, in eager inference, bias, pool and ReLU are one launch. All have the
+    first block's backend.
 
     Args:
         block: called as ``block(in_channels, c1, c2, c3, c4)`` for each of the nine blocks: ``Inception``
@@ -97,13 +98,7 @@ class GoogLeNet(nn.Sequential):
         third = stage("3a", "3b")
         fast = isinstance(third[0], FastInception)
         conv = Conv2d if fast else nn.Conv2d
-
-        def pool() -> nn.Module:
-            if not fast:
-                return nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-            own = MaxPool2d(kernel_size=3, stride=2, padding=1)
-            own.backend = cast(FastInception, third[0]).backend
-            return own
+        pool = partial(MaxPool2d if fast else nn.MaxPool2d, kernel_size=3, stride=2, padding=1)
 
         def relu() -> nn.Module:
             return nn.ReLU()  # not in place: a hook may keep, or watch, what a layer in front of it returns
@@ -125,6 +120,10 @@ class GoogLeNet(nn.Sequential):
             nn.Sequential(*stage("5a", "5b"), nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten()),
             nn.Linear(1024, num_classes),
         )
+        if isinstance(third[0], FastInception):
+            for layer in self.modules():
+                if isinstance(layer, (Conv2d, MaxPool2d)):
+                    layer.backend = third[0].backend
 
     def __getitem__(self, idx: int | slice) -> Any:
         # nn.Sequential builds a slice by calling its own class, and a part of the network is not a GoogLeNet.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fastinception import backends, custom_op
+from fastinception import backends, custom_op, first_layer
 from fastinception.conv import Conv2d, result_format
 from fastinception.conv_backward import conv_backward, library, padding, templates
 from fastinception.module import hooked_globally, wrapped
@@ -97,6 +97,8 @@ def _in_few_launches(backend: str, x: Tensor, layers: list[Any]) -> Tensor:
             x = layer(x)
     if not (_is_launched(backend, x, conv, pool, relu) and is_around_every_second(pool)):
         return cast(Tensor, relu(pool(conv(x))))
+    if conv.serves_first_layer(x):
+        return launch(first_layer.launch(x, conv.weight, conv.bias, conv.stride[0], relu=True))
     y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
     # Images of one channel have both formats, and what their convolution has is the library's choice.
     if is_launchable(y) and backends.are_countable(y):

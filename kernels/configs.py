@@ -106,7 +106,7 @@ DEFAULTS: dict[str, Callable[[torch.dtype, str], Tiles]] = {
 
 
 class Sweep(NamedTuple):
-    """Size of the piece that one program of a kernel without products passes over: pixels, channels, and how often."""
+    """Size of the piece that one program of a kernel bound by its accesses passes over: pixels, channels, how often."""
 
     block_m: int
     block_n: int
@@ -117,6 +117,8 @@ class Sweep(NamedTuple):
 # Memory decides their time, whatever the shape: 16 bytes a lane in two-byte types, and enough programs.
 SPLIT = Sweep(64, 64, num_warps=4, steps=4)
 POOL = Sweep(32, 64, num_warps=4)
+# Its windows are gathered two bytes at a time: pixels of an output row, and in the backward more steps to fill a GPU.
+FIRST_LAYER = Sweep(64, 64, num_warps=4, steps=8)
 # Parts at a time, elements. A weight has 2 to 15 parts in GoogLeNet's blocks, a bias up to 144.
 SUM_FEW, SUM_MANY = Sweep(1, 1024, num_warps=4), Sweep(16, 128, num_warps=4)
 _INTERPRETED = {

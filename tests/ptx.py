@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.backends.nvidia.compiler import CUDABackend
 
 from bench import aot
-from fastinception.kernels import pool, target
+from fastinception.kernels import first_layer, pool, target
 
 CHIP = "sm_90"
 WORD = np.uint64  # what a register of any size is kept in
@@ -635,7 +635,8 @@ def emulated() -> Iterator[list[Launch]]:
     """
     launches: list[Launch] = []
     with contextlib.ExitStack() as patched:
-        for name, module in [*aot.KERNELS.items(), ("max_pool", pool)]:
+        around = {"max_pool": pool, "first_layer": first_layer, "first_layer_gradient": first_layer}
+        for name, module in (aot.KERNELS | around).items():
             kernel = f"_{name}_kernel"
             patched.enter_context(mock.patch.object(module, kernel, _Emulated(getattr(module, kernel), launches)))
         gpu = target.Gpu(CHIP, CHIP, aot.CHIPS[CHIP].processors)

@@ -525,38 +525,50 @@ def test_pooled_values_go_through_shared_memory_once(compiled):
     assert pressure < 5
 
 
-# In a process without the interpreter: the pool with bias and ReLU, as behind the first convolution of bf16 and fp32.
-POOL = """
+# In a process without the interpreter: the first stage of bf16 and fp32, as its launches are in inference, and what
+# trains its convolution.
+STAGE = """
 import json, torch
 from unittest import mock
 from bench import aot
-from fastinception.kernels import pool, target
+from fastinception.kernels import first_layer, pool, target
+
+def launch(x, weight, bias, conv, out):
+    first_layer.first_layer(x, weight, bias, conv, 2, relu=True)
+    pool.max_pool(conv, bias, out)
+    first_layer.first_layer_gradient(x, conv, weight, bias, 2)
 
 for chip in aot.CHIPS:
     for dtype in (torch.bfloat16, torch.float32):
-        x, out = (
-            torch.empty(128, 64, side, side, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
-            for side in (48, 24)
-        )
-        bias = torch.empty(64, dtype=dtype, device="meta")
+        shapes = (128, 1, 96, 96), (64, 1, 7, 7), (64,), (128, 64, 48, 48), (128, 64, 24, 24)
+        operands = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+        operands = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in operands]
         with mock.patch.object(target, "gpu", return_value=target.Gpu(chip, chip, 132)):
-            (launch,) = aot.collected(lambda: pool.max_pool(x, bias, out)).values()
-        made = aot.compile_launch(*launch, chip)
-        if chip == "gfx942":
-            row = aot._read_amd(made.asm["amdgcn"])
-        else:
-            row = aot.read_nvidia(made, aot.disassemble([made], chip)[0])
-        print(json.dumps([chip, str(dtype), row]))
+            launches = aot.collected(lambda: launch(*operands))
+        for name, one in launches.items():
+            made = aot.compile_launch(*one, chip)
+            if chip == "gfx942":
+                row = aot._read_amd(made.asm["amdgcn"])
+            else:
+                row = aot.read_nvidia(made, aot.disassemble([made], chip)[0])
+            print(json.dumps([name, chip, dtype.itemsize, row]))
 """
 
 
-def test_the_pool_around_the_blocks_reads_and_writes_16_bytes_at_a_time():
-    rows = [json.loads(line) for line in fresh.run(POOL).splitlines()]
-    assert len(rows) == 2 * len(aot.CHIPS)
-    for chip, dtype, row in rows:
-        assert row["stack"] == row["local"] == 0, (chip, dtype, row)
-        assert set(row["loads"]) == set(row["stores"]) == {"16"}, (chip, dtype, row)
-        assert row["registers"] <= 80, (chip, dtype, row)
+def test_the_first_stages_kernels_keep_their_registers_and_access_memory_widely():
+    rows = [json.loads(line) for line in fresh.run(STAGE).splitlines()]
+    assert len(rows) == 4 * 2 * len(aot.CHIPS)
+    for name, chip, itemsize, row in rows:
+        told = f"{name} {chip} {itemsize}: {row}"
+        assert row["stack"] == row["local"] == 0, told
+        if name == "max_pool":
+            assert set(row["loads"]) == set(row["stores"]) == {"16"}, told
+            assert row["registers"] <= 80, told
+        if name == "first_layer":  # three programs at a time in float32
+            assert set(row["stores"]) == {"8" if chip == "gfx942" and itemsize == 2 else "16"}, told
+            assert row["registers"] <= (110 if itemsize == 2 else 160), told
+        if name.startswith("first_layer"):
+            assert row["tensor_core"] > 0, told
 
 
 # In a process without the interpreter. Of each kernel: what is said of its machine code, and the orders of the layouts

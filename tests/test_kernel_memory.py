@@ -25,6 +25,7 @@ from fastinception.kernels import configs, target
 from fastinception.kernels import data_gradient as data_gradient_module
 from fastinception.kernels import entry as entry_module
 from fastinception.kernels import entry_gradient as entry_gradient_module
+from fastinception.kernels import first_layer as first_layer_module
 from fastinception.kernels import library as library_module
 from fastinception.kernels import spatial as spatial_module
 from fastinception.kernels import split as split_module
@@ -311,6 +312,25 @@ def test_addresses_beyond_two_to_the_31_elements_in_the_backward(monkeypatch, ke
         weight_gradient_module.weight_gradient((product,), [rows], [images], shape, division, partials)
         operands += [partials]
     notes.assert_inside(*operands, first=0 if n == 128 else 2**31)  # each image's pixel
+
+
+@needs_interpreter
+@pytest.mark.parametrize("kernel", ["first_layer", "first_layer_gradient"])
+def test_addresses_beyond_two_to_the_31_elements_in_the_first_layer(monkeypatch, kernel):
+    notes, operands = Notes(monkeypatch), [huge(60_000, 1, 180, 180), huge(60_000, 16, 60, 60)]
+    weight = torch.zeros(16, 1, 7, 7, dtype=torch.float16)
+    bias = torch.zeros(16, dtype=torch.float16)
+    notes.once(first_layer_module, f"_{kernel}_kernel")
+    if kernel == "first_layer":
+        first_layer_module.first_layer(operands[0], weight, bias, operands[1], 3)
+        operands += [weight, bias]
+    else:
+        monkeypatch.setattr(configs, "PROGRAMS", 10**5)  # a part has few steps
+        monkeypatch.setattr(first_layer_module, "add_up", lambda sums, outs, partials: operands.append(partials))
+        configs.forget()
+        first_layer_module.first_layer_gradient(*operands, weight, bias, 3)
+        configs.forget()
+    notes.assert_inside(*operands)
 
 
 @needs_interpreter

@@ -19,6 +19,7 @@ from fastinception.kernels import data_gradient as data_gradient_module
 from fastinception.kernels import spatial as spatial_module
 from fastinception.kernels import weight_gradient as weight_gradient_module
 from fastinception.kernels.entry import entry
+from fastinception.kernels.first_layer import first_layer, first_layer_gradient
 from fastinception.kernels.spatial import Conv, spatial
 from tests.poisoned import (
     DEVICE,
@@ -29,6 +30,7 @@ from tests.poisoned import (
     SAME3,
     SAME5,
     Entry,
+    Memory,
     Spatial,
     assert_2x,
     needs_interpreter,
@@ -331,3 +333,74 @@ def test_half_precision_spatial_sums_beyond_its_range():
     out = torch.empty(1, 1, 3, 3, dtype=torch.float16, device=DEVICE)
     spatial([Conv(x, weight, bias, 0, padding=(1, 1))], out, None)
     assert bool((out == 5.0).all())
+
+
+# The first convolution of a network
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride"),
+    [((1, 64), (7, 7), 2), ((1, 70), (3, 5), 1), ((3, 9), (3, 3), 2), ((2, 1), (1, 7), 3), ((5, 16), (1, 1), 1)],
+)
+def test_first_layer(channels, kernel, stride, dtype, relu):
+    """A weight, a bias and an output that lie in poison; infinities and NaN stay in their windows.
+
+    Behind the images are others: a poisoned window would leave the poison of the output as it is.
+    """
+    padding, (c, o) = [side // 2 for side in kernel], channels
+    for n, height, width in ((3, 14, 15), (2, 8, 7), (1, 7, 150)):
+        memory = Memory()
+        x = memory.randn(n + 2, c, height, width, dtype=dtype, format=torch.channels_last)[:n]
+        weight = memory.randn(o, c, *kernel, dtype=dtype, format=torch.channels_last)
+        bias = memory.randn(o, dtype=dtype)
+        x[0, 0, 0, 0], x[-1, -1, -1, -1], x[0, 0, 3, 5] = float("nan"), float("inf"), -float("inf")
+        truth = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding)
+        plain = F.conv2d(x, weight, bias, stride, padding)
+        if relu:
+            truth, plain = F.relu(truth), F.relu(plain)
+        out = memory.empty(truth.shape, dtype, torch.channels_last)
+        first_layer(x, weight, bias, out, stride, relu=relu)
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(out), kind(truth))
+        finite = truth.isfinite()
+        assert finite.sum() > 0
+        assert_2x(out[finite], plain[finite], truth[finite])
+        memory.assert_untouched()
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride"), [((1, 64), (7, 7), 2), ((3, 70), (3, 5), 1), ((2, 1), (1, 7), 3)]
+)
+def test_first_layer_gradient(channels, kernel, stride, dtype, monkeypatch):
+    """Of several parts, the last one with fewer steps."""
+    monkeypatch.setattr(configs, "FIRST_LAYER", configs.FIRST_LAYER._replace(steps=5))
+    configs.forget()
+    padding, (c, o) = [side // 2 for side in kernel], channels
+    for n, height, width in ((3, 14, 15), (2, 8, 7), (1, 7, 150)):
+        memory = Memory()
+        x = memory.randn(n, c, height, width, dtype=dtype, format=torch.channels_last)
+        shape = n, o, -(-height // stride), -(-width // stride)
+        grad = memory.randn(*shape, dtype=dtype, format=torch.channels_last)
+        found = memory.empty((o, c, *kernel), dtype, torch.channels_last), memory.empty((o,), dtype, FORMATS[1])
+
+        def library(dtype, operands=(grad, x, found[0])):
+            options = [o], [stride] * 2, padding, [1, 1], False, [0, 0], 1, [False, True, True]
+            return torch.ops.aten.convolution_backward(*(t.to(dtype) for t in operands), *options)[1:]
+
+        first_layer_gradient(x, grad, *found, stride)
+        for ours, plain, truth in zip(found, library(dtype), library(torch.float64), strict=True):
+            assert_2x(ours, plain, truth)
+        # A number at the border is in windows that there would be beyond the output's rows.
+        x[0, 0, 3, -1] = float("nan")
+        first_layer_gradient(x, grad, *found, stride)
+        windows = F.unfold(x.double(), kernel, padding=padding, stride=stride)  # [n, numbers of a window, pixels]
+        in_any = windows.isnan().any(2).any(0).view(c, *kernel)
+        assert in_any.any()
+        assert torch.equal(found[0].isnan(), in_any.expand_as(found[0]))
+        memory.assert_untouched()
+    configs.forget()

@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton, which compiles what is run here, is not installed")
 
 from fastinception import Inception, ops
-from fastinception.kernels import block, configs, pool, target, weight_gradient
+from fastinception.kernels import block, configs, first_layer, pool, target, weight_gradient
 from fastinception.kernels.entry import _steps, entry
 from fastinception.kernels.epilogue import out_run
 from tests import fresh, ptx
@@ -160,10 +160,39 @@ def pools(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def first(dtype: torch.dtype) -> dict[str, Any]:
+    """Return whether the first layer's output and gradients are exact, of images with rows of more than one tile."""
+    torch.manual_seed(0)
+    x, weight, bias = numbers((2, 1, 9, 135), 4, 1 / 4), numbers((40, 1, 7, 7), 2, 1 / 4), numbers((40,), 2, 1 / 4)
+    grad = numbers((2, 40, 5, 68), 4, 1 / 4)
+    output = F.conv2d(x, weight, bias, 2, 3).relu()
+    options = [40], [2, 2], [3, 3], [1, 1], False, [0, 0], 1, [False, True, True]
+    exact = output, *torch.ops.aten.convolution_backward(grad, x, weight, *options)[1:]
+    # All memory that is made here holds NaN.
+    torch.use_deterministic_algorithms(True)
+    x, weight, bias, grad, *found = (
+        t.to(dtype).contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.contiguous_format)
+        for t in (x, weight, bias, grad, *map(torch.empty_like, exact))
+    )
+    with ptx.emulated() as launches, torch.no_grad():
+        first_layer.first_layer(x, weight, bias, found[0], 2, relu=True)
+        first_layer.first_layer_gradient(x, grad, *found[1:], 2)
+    torch.use_deterministic_algorithms(False)
+    return {
+        "launches": counted(launches),
+        "wrong": [
+            name
+            for name, ours, right in zip(("output", "weight", "bias"), found, exact, strict=True)
+            if not torch.equal(ours, right.to(dtype))
+        ],
+    }
+
+
 def report() -> None:
     """Print what the tests below ask about, as JSON; of what failed, why."""
     parts = {name: lambda case=case: train(case) for name, case in CASES.items()}
     parts |= {str(dtype): lambda dtype=dtype: pools(dtype) for dtype in target.MAX_ASM}
+    parts |= {f"first layer {dtype}": lambda dtype=dtype: first(dtype) for dtype in target.MAX_ASM}
     found = {}
     for name, part in parts.items():
         try:
@@ -211,6 +240,13 @@ def test_pools_and_relu_by_ptx_treat_nan_infinities_and_ties_as_pytorch_does(fou
     ops = {op for launch in part["launches"] for op in launch["ops"]}
     pair = "bf16x2" if dtype is torch.bfloat16 else "f16x2"
     assert {f"max.NaN.{pair}", f"set.gt.u32.{pair}", f"cvt.rn.relu.{pair}.f32"} <= ops
+
+
+@pytest.mark.parametrize("dtype", target.MAX_ASM, ids=str)
+def test_the_first_layer_is_exact(found, dtype):
+    part = found[f"first layer {dtype}"]
+    check_launches(part, ("first_layer", "first_layer_gradient", "sum"))
+    assert not part["wrong"]
 
 
 def test_the_cases_are_what_they_are_for():

@@ -1,0 +1,64 @@
+"""Time the network's first convolution, of images of one channel: the library's, and Triton's in its place."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.gpu.case import Candidate, Case, Context, Row, contest, output_error, unsearched
+from bench.gpu.kernels import SIZES
+from bench.gpu.timing import Run
+from fastinception import Conv2d, first_layer
+
+
+def cases(context: Context) -> list[Case]:
+    """List the convolution at both sizes; in a dry run at one so small that the interpreter runs it."""
+    sizes = ((2, 32),) if context.dry else SIZES
+    return [Case(f"{batch}x{side}x{side}", partial(_case, batch, side, context)) for batch, side in sizes]
+
+
+def _case(batch: int, side: int, context: Context) -> list[Row]:
+    torch.manual_seed(0)
+    dtype = torch.float16 if context.dry else torch.bfloat16
+    conv = Conv2d(1, 64, kernel_size=7, stride=2, padding=3).to(context.device, dtype).requires_grad_(False)
+    x = torch.rand(batch, 1, side, side, device=context.device).to(dtype)
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, conv.weight))
+    settings = conv.stride, conv.padding
+    grad = torch.randn_like(F.conv2d(x, weight, conv.bias, *settings))
+
+    def forward() -> Tensor:
+        return F.relu(F.conv2d(x, weight, conv.bias, *settings))
+
+    def backward(grad: Tensor = grad, x: Tensor = x, weight: Tensor = weight) -> Tensor:
+        options = [64], *settings, [1, 1], False, [0, 0], 1, [False, True, True]
+        return torch.ops.aten.convolution_backward(grad, x, weight, *options)[1]
+
+    runs: dict[str, dict[str, Run]] = {
+        "forward": {
+            "plain forward": forward,
+            "forward": partial(first_layer.launch, x, weight, conv.bias, 2, relu=True),
+        },
+        "backward": {
+            "plain backward": backward,
+            "backward": lambda: torch.ops.fastinception.first_layer_backward(grad, x, weight, 2, [False, True, True])[
+                1
+            ],
+        },
+    }
+    with unsearched():
+        exact = x.double(), weight.double()
+        truth = {
+            "forward": F.relu(F.conv2d(*exact, conv.bias.double(), *settings)),
+            "backward": backward(grad.double(), *exact),
+        }
+    rows = []
+    for direction, ways in runs.items():
+        makers = {
+            name: lambda run=run, right=truth[direction]: Candidate(run, output_error(run(), right))
+            for name, run in ways.items()
+        }
+        rows += contest(makers, context, cold=True)
+    return rows
