@@ -34,6 +34,7 @@ from fastinception.kernels import (
     replay,
     spatial,
     split,
+    sums,
     target,
     weight_gradient,
 )
@@ -66,7 +67,7 @@ KERNELS = {
     "pool_gradient": entry_gradient,
     "entry_gradient": entry_gradient,
     "weight_gradient": weight_gradient,
-    "sum": weight_gradient,
+    "sum": sums,
 }
 
 

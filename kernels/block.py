@@ -17,7 +17,8 @@ from fastinception.kernels.replay import Made
 from fastinception.kernels.spatial import Conv, spatial
 from fastinception.kernels.split import Branch, split
 from fastinception.kernels.split import parts as split_parts
-from fastinception.kernels.weight_gradient import Division, Product, Sum, add_up, divide, weight_gradient
+from fastinception.kernels.sums import Sum, add_up
+from fastinception.kernels.weight_gradient import Division, Product, divide, weight_gradient
 
 
 class Saved(NamedTuple):

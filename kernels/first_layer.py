@@ -17,7 +17,7 @@ from fastinception.kernels import configs, replay, target
 from fastinception.kernels.epilogue import bias_relu
 from fastinception.kernels.operands import divisible
 from fastinception.kernels.replay import Launch
-from fastinception.kernels.weight_gradient import Sum, add_up
+from fastinception.kernels.sums import Sum, add_up
 
 _BEYOND = tl.constexpr(1 << 30)  # any row of an image
 

@@ -17,10 +17,10 @@ pytest.importorskip("triton")
 from fastinception.kernels import configs
 from fastinception.kernels import data_gradient as data_gradient_module
 from fastinception.kernels import spatial as spatial_module
-from fastinception.kernels import weight_gradient as weight_gradient_module
 from fastinception.kernels.entry import entry
 from fastinception.kernels.first_layer import first_layer, first_layer_gradient
 from fastinception.kernels.spatial import Conv, spatial
+from fastinception.kernels.sums import Sum, add_up
 from tests.poisoned import (
     DEVICE,
     ENGINES,
@@ -162,11 +162,10 @@ def test_sums_of_few_and_of_many_parts(monkeypatch):
     partials = torch.cat([F.pad(part, (0, 3), value=torch.nan).flatten() for part in parts]).to(DEVICE)
     starts = itertools.accumulate((part.shape[0] * (part.shape[1] + 3) for part in parts), initial=0)
     sums = [
-        weight_gradient_module.Sum(size, start, count, stride)
-        for (count, size), start, stride in zip(sizes, starts, columns, strict=False)
+        Sum(size, start, count, stride) for (count, size), start, stride in zip(sizes, starts, columns, strict=False)
     ]
     outs = [torch.full((size + 1,), torch.nan, device=DEVICE) for _, size in sizes]
-    weight_gradient_module.add_up(tuple(sums), [out[:-1] for out in outs], partials)
+    add_up(tuple(sums), [out[:-1] for out in outs], partials)
     configs.forget()
     for out, part in zip(outs, parts, strict=True):
         torch.testing.assert_close(out[:-1].cpu(), part.double().sum(0).float(), rtol=1e-5, atol=1e-5)
