@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
 from fastinception.kernels.epilogue import follow_predecessor
+from fastinception.kernels.implicit_gemm import implicit_gemm, inverses
 from fastinception.kernels.operands import before, number
 from fastinception.kernels.replay import Launch
-from fastinception.kernels.spatial import implicit_gemm, inverses
 
 
 class Gradient(NamedTuple):

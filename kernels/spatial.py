@@ -1,6 +1,6 @@
 """Level 1, one launch: a list of convolutions as implicit GEMMs, each into its channels of one output.
 
-Where the tiles say so, the library computes the convolutions instead (library.py).
+Where the tiles say so, the library computes the convolutions, and the launch finishes them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,8 +24,8 @@ from fastinception.kernels.epilogue import (
     out_strides,
     store_result,
 )
-from fastinception.kernels.library import convolve
-from fastinception.kernels.operands import before, number
+from fastinception.kernels.implicit_gemm import implicit_gemm, inverses
+from fastinception.kernels.operands import number
 from fastinception.kernels.replay import Launch
 
 
@@ -44,65 +45,6 @@ class Geometry(NamedTuple):
     block_m: int
     block_n: int
     divisor: int  # of its channels and of the first that it writes
-
-
-@triton.jit
-def taps_inside(h, w, mask_m, H, W, KH: tl.constexpr, KW: tl.constexpr):
-    """Return int32 ``[BLOCK]``: bit ``i * KW + j`` says that pixel (h + i, w + j) lies inside the image."""
-    columns = ((1 << tl.minimum(tl.maximum(W - w, 0), KW)) - 1) & (-1 << tl.minimum(tl.maximum(-w, 0), KW))
-    inside = tl.zeros(h.shape, dtype=tl.int32)
-    for i in tl.static_range(KH):
-        inside |= tl.where(mask_m & (h + i >= 0) & (h + i < H), columns << (i * KW), 0)
-    return inside
-
-
-@triton.jit
-def implicit_gemm(
-    x_ptr, w_ptr, offs_n, n, h, w, mask_m, H, W, C, O, inverse, row_inverse,
-    KH: tl.constexpr, KW: tl.constexpr, DIVISOR: tl.constexpr,
-    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Return the sums of products ``[BLOCK_M, BLOCK_N]`` of the windows at (h, w) of images n with channels offs_n.
-
-    The reduction runs over j = tap * C + c, taps and channels packed without gaps, so that 16 channels of a 5x5
-    waste nothing. x is channels_last, therefore consecutive j are consecutive addresses within a kernel row.
-    Whether a tap lies inside the image is one bit per output pixel, computed once; j past the last tap finds no bit.
-    ``inverse`` and ``row_inverse`` are those of C that ``inverses`` returns, in lists. DIVISOR divides C and O.
-
-    The weight is ``[O, C, KH, KW]``, channels_last. TRANSPOSED it is ``[C, O, KH, KW]`` and its taps are taken from the
-    last to the first: the convolution that gives a data gradient.
-    """
-    offs_k = tl.arange(0, BLOCK_K)
-    inside = taps_inside(h, w, mask_m, H, W, KH, KW)
-    x_rows = x_ptr + (((n.to(tl.int64) * H + h) * W + w) * C)[:, None]
-    columns = before(offs_n, O, DIVISOR)
-    if TRANSPOSED:
-        weights = w_ptr + ((KH * KW - 1) * O + offs_k * (KH * KW * O))[:, None] + columns[None, :]
-    else:
-        weights = w_ptr + (columns * (KH * KW * C))[None, :]
-    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    acc = tl.zeros((h.shape[0], offs_n.shape[0]), dtype=dtype)
-    for k in range(0, KH * KW * C, BLOCK_K):
-        j = k + offs_k
-        mask_j = offs_k < KH * KW * C - k
-        x_columns = j
-        w_step = k * (KH * KW * O) if TRANSPOSED else j[:, None]
-        if KH * KW == 1:
-            mask_x = (inside != 0)[:, None] & mask_j[None, :]
-        else:
-            if inverse is None:
-                tap, tap_h = j // C, j // (KW * C)
-            else:  # the same: divisions would take more instructions than all else
-                tap, tap_h = tl.umulhi(j * 8, number(inverse)), tl.umulhi(j * 8, number(row_inverse))
-            tap, tap_h = tl.max_constancy(tap, DIVISOR), tl.max_constancy(tap_h, DIVISOR)
-            mask_x = (inside[:, None] & (1 << tl.minimum(tap, 31))[None, :]) != 0  # bit 31 is never set
-            x_columns += tap_h * ((W - KW) * C)
-            if TRANSPOSED:
-                w_step = (w_step - tap * ((KH * KW * C + 1) * O))[:, None]
-        x = tl.load(x_rows + x_columns[None, :], mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_K]
-        weight = tl.load(weights + w_step, mask=mask_j[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=dtype)
-    return acc
 
 
 @triton.jit
@@ -170,17 +112,51 @@ def _spatial_kernel(
         tile -= tiles
 
 
-def inverses(channels: int, kernel_h: int, kernel_w: int) -> tuple[int | None, int | None]:
-    """Return by which factors ``umulhi(8 * j, factor)`` divides j by ``channels``, and by ``kernel_w * channels``.
+@triton.jit
+def _finish_tile(
+    tile, y_ptr, b_ptr, out_ptr, mask_ptr, M, pixels, stride_on, stride_op, stride_oc, stride_mask,
+    O: tl.constexpr, COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, BLOCK_N: tl.constexpr,
+    SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """``relu(y + b)`` for BLOCK_M pixels x BLOCK_N channels of y ``[M, O]``, row-major."""
+    COLUMN_TILES: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
+    first = (tile % COLUMN_TILES) * BLOCK_N
+    offs_m = (tile // COLUMN_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = first + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    mask_n = offs_n < O
+    rows = offs_m.to(tl.int64)
+    y = tl.load(y_ptr + rows[:, None] * O + offs_n[None, :], mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+    y = y.to(tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32)
+    y = bias_relu(y, tl.load(b_ptr + offs_n, mask=mask_n, other=0.0), RELU)
+    store_result(
+        out_ptr, mask_ptr, y, offs_m, M, first, O,
+        pixels, stride_on, stride_op, stride_oc, stride_mask, COLUMN, MASK_COLUMN, SAVE, RUN,
+    )  # fmt: skip
 
-    For every j that a reduction meets. None where there are too many of them for that.
+
+@triton.jit
+def _library_kernel(
+    y_ptrs, b_ptrs, out_ptr, mask_ptr, M, pixels, stride_on, stride_op, stride_oc, stride_mask,
+    LEVEL: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr,
+    BLOCK_M: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One tile of one convolution's result: the tiles of the list's convolutions follow one another.
+
+    Its widths are constants: only a tuned table chooses it, so that few blocks compile it.
     """
-    end = kernel_h * kernel_w * channels + 1024  # more than a step behind the last
-    divisors = channels, kernel_w * channels
-    one, other = factors = [-(-(1 << 29) // divisor) for divisor in divisors]
-    # Each is too large by less than one part in 2**29 of j, times this.
-    excess = max(factor * divisor - (1 << 29) for factor, divisor in zip(factors, divisors, strict=True))
-    return (one, other) if end * max(excess, 1) < 1 << 29 else (None, None)
+    follow_predecessor(PDL)
+    row_tiles = tl.cdiv(M, BLOCK_M)
+    tile = tl.program_id(0)
+    for i in tl.static_range(len(LEVEL)):
+        tiles = row_tiles * ((LEVEL[i][0] + LEVEL[i][3] - 1) // LEVEL[i][3])
+        if (tile >= 0) & (tile < tiles):
+            _finish_tile(
+                tile, y_ptrs[i], b_ptrs[i], out_ptr, mask_ptr,
+                M, pixels, stride_on, stride_op, stride_oc, stride_mask,
+                LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], SAVE, RELU, RUN, BLOCK_M,
+            )  # fmt: skip
+        tile -= tiles
 
 
 class Conv(NamedTuple):
@@ -224,11 +200,41 @@ def spatial(
         out.dtype, gpu, target.input_precision(out.dtype, gpu), relu, tiles,
     )  # fmt: skip
     if config is None:
-        convolve(convs, out, mask, relu, tiles)
+        _convolve(convs, out, mask, relu, tiles)
         return None
     xs, weights, biases = (tuple([conv[i] for conv in convs]) for i in range(3))
     with target.device_of(out):
         return replay.launch(_spatial_kernel, config, xs, weights, biases, out, mask)
+
+
+def _convolve(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, relu: bool, tiles: configs.Tiles) -> None:
+    """Compute what :func:`spatial` computes by the library; its arguments. ``tiles`` are the last launch's.
+
+    Each sum of products is rounded to the dtype before its bias is added, as the library does without fusion.
+    """
+    # A size of 1 leaves the layout open; elsewhere the results have it already.
+    results = [
+        F.conv2d(conv.x, conv.weight, None, conv.stride, conv.padding).contiguous(memory_format=torch.channels_last)
+        for conv in convs
+    ]
+    n, _, height, width = out.shape
+    pixels = height * width
+    level, programs = [], 0
+    for conv in convs:
+        channels = conv.weight.shape[0]
+        block_n = configs.narrow(tiles.block_n, channels)
+        level.append((channels, conv.column, conv.mask_column, block_n))
+        programs += configs.cdiv(n * pixels, tiles.block_m) * configs.cdiv(channels, block_n)
+    strides, mask_bytes = out_strides(out.shape, is_channels_last(out)), 0 if mask is None else mask.shape[1]
+    run = out_run(out.shape, is_channels_last(out))
+    gpu = target.gpu(out.device)
+    config = configs.launch_config(
+        programs, (n * pixels, pixels, *strides, mask_bytes),
+        LEVEL=tuple(level), SAVE=mask is not None, RELU=target.relu_asm(gpu, out.dtype) if relu else None,
+        RUN=run, BLOCK_M=tiles.block_m, **tiles.options(gpu),
+    )  # fmt: skip
+    with target.device_of(out):
+        replay.launch(_library_kernel, config, tuple(results), tuple(conv.bias for conv in convs), out, mask)
 
 
 @configs.cached

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
 from fastinception.kernels.epilogue import follow_predecessor
+from fastinception.kernels.implicit_gemm import taps_inside
 from fastinception.kernels.operands import before, number, number_of, pointer_of
 from fastinception.kernels.replay import Launch
-from fastinception.kernels.spatial import taps_inside
 
 
 class Product(NamedTuple):

@@ -32,7 +32,7 @@ from triton.runtime.driver import driver
 from bench import trial, tune
 from bench.report import Display
 from fastinception import Inception
-from fastinception.kernels import configs, entry, library, spatial, target
+from fastinception.kernels import configs, entry, spatial, target
 from fastinception.functional import inception
 
 events, lock = [], threading.Lock()
@@ -155,7 +155,7 @@ with mock.patch("triton.compiler.compile", compile), mock.patch.object(target, "
         tune.disagreement = lambda found, expected: None  # these kernels compute nothing
         unit = trial.Shape("tiny", net, 2, 32, "fp32")
         for case, compiling in (("tuned", None), ("tuned alone", f"{unit} in fp32 inference")):
-            for kernel in (entry._entry_kernel, spatial._spatial_kernel, library._library_kernel):
+            for kernel in (entry._entry_kernel, spatial._spatial_kernel, spatial._library_kernel):
                 kernel.device_caches.clear()
             configs.forget()
             events = []

@@ -26,7 +26,6 @@ from fastinception.kernels import data_gradient as data_gradient_module
 from fastinception.kernels import entry as entry_module
 from fastinception.kernels import entry_gradient as entry_gradient_module
 from fastinception.kernels import first_layer as first_layer_module
-from fastinception.kernels import library as library_module
 from fastinception.kernels import spatial as spatial_module
 from fastinception.kernels import split as split_module
 from fastinception.kernels import weight_gradient as weight_gradient_module
@@ -165,7 +164,7 @@ def test_nothing_outside_is_read(monkeypatch, engine):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", recorded)
     memory = Memory()
     framed = mock.Mock(conv2d=lambda *args: memory.put(F.conv2d(*args), torch.float32, torch.channels_last))
-    monkeypatch.setattr(library_module, "F", framed)
+    monkeypatch.setattr(spatial_module, "F", framed)
     launch_both(block_buffers((3, 17, 9, 5), torch.channels_last, memory), memory, **engine)
     frames = [(frame.data_ptr(), frame.data_ptr() + frame.nbytes) for frame in memory.frames]
     assert len(reads) > 1000
@@ -255,8 +254,8 @@ def test_addresses_beyond_two_to_the_31_elements(monkeypatch, level):
         operands += [dense, mask, pooled, codes]
     elif level == "library":
         result = huge(*MANY)
-        monkeypatch.setattr(library_module, "F", mock.Mock(conv2d=lambda *args: result))
-        notes.once(library_module, "_library_kernel")
+        monkeypatch.setattr(spatial_module, "F", mock.Mock(conv2d=lambda *args: result))
+        notes.once(spatial_module, "_library_kernel")
         spatial([Conv(x, weight, bias, c)], out, None, tiles=LIBRARY)
         operands[0] = result
     else:

@@ -19,6 +19,7 @@ from fastinception.kernels import data_gradient as data_gradient_module
 from fastinception.kernels import spatial as spatial_module
 from fastinception.kernels.entry import entry
 from fastinception.kernels.first_layer import first_layer, first_layer_gradient
+from fastinception.kernels.implicit_gemm import inverses
 from fastinception.kernels.spatial import Conv, spatial
 from fastinception.kernels.sums import Sum, add_up
 from tests.poisoned import (
@@ -286,7 +287,7 @@ def test_a_factor_divides_all_that_a_reduction_meets(kernel):
     generator, refused = np.random.default_rng(0), []
     for channels in (*range(1, 300), *range(300, 20_000, 37), 512, 1 << 12, 1 << 14):
         end = kernel_h * kernel_w * channels + 1024
-        factors = spatial_module.inverses(channels, *kernel)
+        factors = inverses(channels, *kernel)
         if factors == (None, None):
             refused.append(channels)
             continue
