@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
+from fastinception.kernels.entry_pool import pool_steps, pooled_tile
 from fastinception.kernels.epilogue import (
     bias_relu,
     follow_predecessor,
@@ -82,122 +83,6 @@ def _gemm_tile(
         start += width
 
 
-@triton.jit
-def maximum(a, b, ASM: tl.constexpr):
-    """``max(a, b)``, NaN if either is: by ``ASM`` on pairs of 16-bit elements, by Triton's operator if it is None."""
-    if ASM is None:
-        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-    else:
-        return tl.inline_asm_elementwise(ASM, "=r,r,r", [a, b], dtype=a.dtype, is_pure=True, pack=2)
-
-
-@triton.jit
-def _maximum_at(a, code_a, b, code_b, ASM: tl.constexpr):
-    """``max(a, b)`` and its code: the first's of equals; by Triton's operators the last NaN's, as in ATen."""
-    if ASM is None:
-        take = (b > a) | (b != b)
-        return tl.where(take, b, a), tl.where(take, code_b, code_a)
-    else:
-        return tl.inline_asm_elementwise(
-            ASM, "=&r,=&r,r,r,r,r", [a, code_a, b, code_b], dtype=(a.dtype, tl.int16), is_pure=True, pack=2
-        )
-
-
-@triton.constexpr_function
-def tap_code(tap):
-    """Return what names a tap of a 3x3 window: 4 * row + column, with 0, 1 and 3 for the first, middle and last."""
-    row, column = tap // 3, tap % 3
-    return 4 * (row + row // 2) + column + column // 2
-
-
-@triton.jit
-def _pool_step(
-    acc, k, x_ptr, w_rows, pixel, up, down, left, right, pooled_ptr, codes_ptr, middle, inner, mask_saved,
-    K, STEPS: tl.constexpr, PTX: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Add the product over BLOCK_K of K, from k on, to ``acc``; STEPS is from ``_steps``."""
-    MASKED: tl.constexpr = STEPS == "one"
-    CODE: tl.constexpr = tl.int32 if MAX_ASM is None else tl.int16  # pairs fit a register, but for operators cost more
-    columns = (tl.minimum(k, K - BLOCK_K) if STEPS == "overlapping" else k) + tl.arange(0, BLOCK_K)
-    mask_k = columns < K if STEPS == "one" else columns >= k
-    for tap in tl.static_range(9):
-        dh = up if tap // 3 == 0 else (down if tap // 3 == 2 else 0)
-        dw = left if tap % 3 == 0 else (right if tap % 3 == 2 else 0)
-        x_tap = x_ptr + (pixel + dh + dw).to(tl.int64)[:, None] * K + columns[None, :]
-        value = tl.load(x_tap, mask=mask_k[None, :], other=0.0) if MASKED else tl.load(x_tap)
-        code = tl.full(value.shape, tap_code(tap), CODE)
-        if tap == 0:
-            pooled = value
-            codes = code
-        elif SAVE:
-            pooled, codes = _maximum_at(pooled, codes, value, code, MAX_ASM)
-        else:
-            pooled = maximum(pooled, value, MAX_ASM)
-    if PTX:
-        # Impure, so that the maxima stay in the layout of the loads. The compiler would move them behind the change of
-        # layout that the product needs: each of the nine loads would go through it, and each maximum be computed often.
-        REGISTER: tl.constexpr = 32 // pooled.dtype.primitive_bitwidth
-        pooled = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [pooled], dtype=pooled.dtype, is_pure=False, pack=REGISTER
-        )
-    if SAVE:
-        kept = pixel.to(tl.int64)[:, None] * K + columns[None, :]
-        mask_kept = mask_saved[:, None] if STEPS == "even" else mask_saved[:, None] & mask_k[None, :]
-        codes = (codes | middle.to(CODE)[:, None]) & inner.to(CODE)[:, None]
-        tl.store(pooled_ptr + kept, pooled, mask=mask_kept)
-        tl.store(codes_ptr + kept, codes.to(tl.uint8), mask=mask_kept)
-    w_columns = w_rows + columns[None, :]
-    w = tl.load(w_columns) if STEPS == "even" else tl.load(w_columns, mask=mask_k[None, :], other=0.0)
-    if STEPS == "overlapping":  # infinities times the weights' zeros would be NaN
-        pooled = tl.where(mask_k[None, :], pooled, 0.0)
-    return tl.dot(w, tl.trans(pooled.to(w.dtype)), acc, input_precision=PRECISION, out_dtype=acc.dtype)
-
-
-@triton.jit
-def _pool_tile(
-    row_tile, column_tile, x_ptr, w_ptr, b_ptr, out_ptr, mask_ptr, pooled_ptr, codes_ptr,
-    width, column, mask_column, M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
-    DIVISOR: tl.constexpr, STEPS: tl.constexpr,
-    PTX: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr,
-    RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """``relu(max_pool2d(x, 3, 1, 1) @ w.T + b)`` for one tile; the first column tile keeps what the pool found.
-
-    A tap outside the image is replaced by the border pixel, which its window holds already: the maximum is the
-    same, and no -inf and no mask is needed. Its tap's code is kept: where taps stand for the border pixel, one OR and
-    one AND make every code the pixel's own.
-    """
-    offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < width
-    pixel = tl.minimum(offs_m, M - 1)
-    h = (pixel // W) % H
-    w = pixel % W
-    up = tl.where(h > 0, -W, 0)
-    down = tl.where(h < H - 1, W, 0)
-    left = tl.where(w > 0, -1, 0)
-    right = tl.where(w < W - 1, 1, 0)
-
-    # The product is transposed, [BLOCK_N, BLOCK_M]: sm_90 takes pooled from shared memory as the right operand.
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
-    w_rows = w_ptr + (before(offs_n, width, DIVISOR) * K)[:, None]
-    middle = tl.where(h == 0, 4, 0) | tl.where(w == 0, 1, 0)
-    inner = tl.where(h == H - 1, 7, 15) & tl.where(w == W - 1, 13, 15)
-    mask_saved = offs_m < tl.where(column_tile == 0, M, 0)
-    for k in tl.range(0, K, BLOCK_K, num_stages=1):  # nine loads a step: pipelined, they take 96 KB
-        acc = _pool_step(
-            acc, k, x_ptr, w_rows, pixel, up, down, left, right, pooled_ptr, codes_ptr, middle, inner, mask_saved,
-            K, STEPS, PTX, MAX_ASM, PRECISION, SAVE, BLOCK_K,
-        )  # fmt: skip
-
-    y = bias_relu(tl.trans(acc), tl.load(b_ptr + offs_n, mask=mask_n, other=0.0), RELU)
-    store_result(
-        out_ptr, mask_ptr, y, offs_m, M, column_tile * BLOCK_N, width,
-        H * W, stride_on, stride_op, stride_oc, stride_mask, column, mask_column, SAVE, RUN,
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=[
     "pool_width", "pool_column", "pool_mask_column", "M", "H", "W", "stride_mask"
 ])  # fmt: skip
@@ -249,7 +134,7 @@ def _entry_kernel(
             )  # fmt: skip
     else:
         pool_tile = tile - gemm_tiles
-        _pool_tile(
+        pooled_tile(
             row_tile * (BLOCK_M // POOL_M) + pool_tile // pool_column_tiles, pool_tile % pool_column_tiles,
             x_ptr, pool_w_ptr, pool_b_ptr, out_ptr, mask_ptr, pooled_ptr, codes_ptr,
             divisible(pool_width, DIVISOR), divisible(pool_column, DIVISOR), pool_mask_column,
@@ -285,7 +170,7 @@ def entry(
         denses: one ``[N, O_i, H, W]`` in channels_last for every convolution after the first.
         saved: what the backward needs, to be written; None skips it. The packed ReLU mask of ``out``, ``[M, bytes]``
             uint8 (one bit an element, each branch starts a byte); the pooled x, ``[M, K]``; and uint8 ``[M, K]``, which
-            pixel of its window each maximum is, as :func:`tap_code` numbers them.
+            pixel of its window each maximum is, as :func:`entry_pool.tap_code` numbers them.
         pool_mask_column: the byte at which the pooled branch starts in the mask.
         relu: False leaves every result as it is.
         tiles: in place of those that ``configs`` chooses.
@@ -309,16 +194,6 @@ def entry(
             _entry_kernel, config, x, tuple(weights), tuple(biases), out, tuple(denses), pool_weight, pool_bias,
             mask, pooled, codes,
         )  # fmt: skip
-
-
-def _steps(channels: int, depth: int) -> str:
-    """Return how steps of ``depth`` go over the channels: all whole; the last begins before its own; one is too many.
-
-    A last step with masks would be a second copy of the loop's nine loads, with registers of its own.
-    """
-    if channels % depth == 0:
-        return "even"
-    return "overlapping" if channels > depth else "one"
 
 
 @configs.cached
@@ -363,7 +238,7 @@ def _launch_config(
         configs.cdiv(rows, tiles.block_m) * (gemm_tiles + pool_tiles),
         (widths, pool_width, pool_column, pool_mask_column, rows, channels, height, width, *strides, mask_bytes),
         PART=part, DIVISOR=math.gcd(8, *widths, pool_width, pool_column),
-        EVEN_K=channels % tiles.block_k == 0, POOL_STEPS=_steps(channels, pool_k),
+        EVEN_K=channels % tiles.block_k == 0, POOL_STEPS=pool_steps(channels, pool_k),
         ALIGNED=aligned and channels * dtype.itemsize % 16 == 0,
         AMD=gpu.is_amd, PTX=gpu.runs_ptx, MAX_ASM=target.max_asm(gpu, dtype, with_codes=save), PRECISION=precision,
         SAVE=save, RELU=target.relu_asm(gpu, dtype) if relu else None, RUN=out_run(out_shape, channels_last),

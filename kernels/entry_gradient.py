@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
-from fastinception.kernels.entry import tap_code
+from fastinception.kernels.entry_pool import tap_code
 from fastinception.kernels.epilogue import follow_predecessor, is_channels_last, out_run, out_strides, store_out
 from fastinception.kernels.operands import before, divisible, matrix_of
 from fastinception.kernels.replay import Launch

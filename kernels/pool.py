@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
-from fastinception.kernels.entry import maximum
+from fastinception.kernels.entry_pool import maximum
 from fastinception.kernels.epilogue import bias_relu
 from fastinception.kernels.replay import Launch
 

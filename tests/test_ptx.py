@@ -14,7 +14,8 @@ pytest.importorskip("triton", reason="Triton, which compiles what is run here, i
 
 from fastinception import Inception, ops
 from fastinception.kernels import block, configs, first_layer, pool, target, weight_gradient
-from fastinception.kernels.entry import _steps, entry
+from fastinception.kernels.entry import entry
+from fastinception.kernels.entry_pool import pool_steps
 from fastinception.kernels.epilogue import out_run
 from tests import fresh, ptx
 
@@ -253,7 +254,7 @@ def test_the_cases_are_what_they_are_for():
     gpu = target.Gpu(ptx.CHIP, ptx.CHIP, 132)
     for case in CASES.values():
         n, height, width = case.images
-        assert _steps(case.widths[0], 32) == case.steps
+        assert pool_steps(case.widths[0], 32) == case.steps
         assert out_run((n, 1, height, width), case.layout == "nhwc") == case.run
         assert n * height * width % 64
     for kernel, reduction in (("spatial_train", 9 * 16), ("entry_gradient", 40)):
