@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,27 +101,20 @@ def forward(x: Tensor, params: Sequence[Tensor], out: Tensor, saved: Saved, *, r
     return made
 
 
-# The branches with a spatial convolution, and where its weight is among x and the twelve parameters.
-SPATIAL = {1: 5, 2: 9}
-
-
 class _Plan(NamedTuple):
-    """Which launches a backward takes, and of what, by shapes and needs. Indices count branches from 0."""
+    """Which launches a backward takes, and of what, by shapes and needs.
 
-    merged: int  # columns of the matrix for branch 1's gradient and the reductions'
-    pooled: int  # columns of the pooled x's gradient, 0 without
-    widths: tuple[int, ...]  # columns of the matrices that branches 2 to 4 have of their own, 0 without
-    branches: tuple[Branch, ...]
-    branch_of: tuple[int, ...]
-    gradients: tuple[Gradient, ...]
-    gradient_of: tuple[int, ...]
-    tiles: configs.Tiles
-    library: tuple[int, ...]  # whose weights' gradients the library computes
-    products: tuple[Product, ...]
-    product_of: tuple[int, ...]
+    Branches count from 0. A gradient's number is its place among those of x and the twelve parameters.
+    """
+
+    merged: int  # columns of the matrix for branch 1's gradient and the reductions', 0 without
+    branches: dict[int, Branch]  # but the first each has a matrix of its own
+    gradients: dict[int, Gradient]  # by branch
+    tiles: configs.Tiles  # of the gradients' launch
+    library: dict[int, int]  # by branch, the number of a weight's gradient that the library computes
+    products: dict[int, Product]  # by branch; the first is of all merged convolutions
     division: Division | None
-    sums: tuple[Sum, ...]
-    sum_of: tuple[int, ...]  # of the thirteen gradients
+    sums: dict[int, Sum]  # by the gradient's number
     partials: int  # elements
 
 
@@ -135,82 +128,72 @@ def _plan(
 ) -> _Plan:
     """Plan a backward, given the weights' shapes."""
     n, channels, height, width = shape
-    rows = n * height * width
+    size, rows = (n, height, width), n * height * width
     c1, c21, c2, c31, c3, c4 = (weight[0] for weight in weights)
     x, w1, b1, w21, b21, w22, b22, w31, b31, w32, b32, w42, b42 = range(13)
-    partials = 0
+    merged = c1 + c21 + c31
     sums: dict[int, Sum] = {}
+    partials = 0
 
-    def place(elements: int, parts: int, *outs: tuple[int, int]) -> int:
-        """Reserve partial sums; ``outs`` are the gradients that are their rows in turn, and their elements."""
+    def place(parts: int, elements: dict[int, int]) -> int:
+        """Reserve parts of some gradients, whose numbers of elements are given; return where the first begins."""
         nonlocal partials
-        start = offset = partials
-        for out, size in outs:
-            if needs[out]:
-                sums[out] = Sum(size, offset, parts, elements)
-            offset += size
-        partials += configs.cdiv(elements * parts, 16) * 16  # each begins where wide stores may
-        return start
+        first = offset = partials
+        of_part = sum(elements.values())
+        for gradient, count in elements.items():
+            if needs[gradient]:
+                sums[gradient] = Sum(count, offset, parts, of_part)
+            offset += count
+        partials += configs.cdiv(of_part * parts, 16) * 16  # each begins where wide stores may
+        return first
 
-    def need(*indices: int) -> bool:
-        return any(needs[i] for i in indices)
+    def need(*gradients: int) -> bool:
+        return any(needs[i] for i in gradients)
 
     reach2, reach3 = need(x, w21, b21), need(x, w31, b31)
     masks = mask_columns((c1, c2, c3, c4))
-    branches, branch_of, column = [], [], 0
-    for i, (columns, needed, bias) in enumerate((
-        (c1, need(x, w1, b1), b1),
-        (c2, reach2 or need(w22, b22), b22),
-        (c3, reach3 or need(w32, b32), b32),
-        (c4, need(x, w42, b42), b42),
+    branches, column = {}, 0
+    for i, (columns, stride, needed, bias) in enumerate((
+        (c1, merged, need(x, w1, b1), b1),
+        (c2, c2, reach2 or need(w22, b22), b22),
+        (c3, c3, reach3 or need(w32, b32), b32),
+        (c4, c4, need(x, w42, b42), b42),
     )):  # fmt: skip
         if needed:
-            offset_of_sums = place(columns, split_parts(rows, gpu), (bias, columns))
-            stride = columns if i else c1 + c21 + c31
-            branches.append(Branch(columns, column, masks[i], stride, offset_of_sums))
-            branch_of.append(i)
+            offset = place(split_parts(rows, gpu), {bias: columns})
+            branches[i] = Branch(columns, column, masks[i], stride, offset)
         column += columns
 
     tiles = choose_tiles(rows, (weights[2], weights[4], weights[5]), dtype, gpu)
-    gradients, gradient_of = [], []
-    for i, weight, reached, first, bias in ((1, weights[2], reach2, c1, b21), (2, weights[4], reach3, c1 + c21, b31)):
+    gradients = {}
+    for i, weight, reached, column, bias in ((1, weights[2], reach2, c1, b21), (2, weights[4], reach3, c1 + c21, b31)):
         if reached:
-            offset_of_sums = place(weight[1], data_gradient_parts(rows, weight[1], tiles, gpu), (bias, weight[1]))
-            gradients.append(Gradient(weight, True, c1 + c21 + c31, first, offset_of_sums))
-            gradient_of.append(i)
+            offset = place(data_gradient_parts(rows, weight[1], tiles, gpu), {bias: weight[1]})
+            gradients[i] = Gradient(weight, True, merged, column, offset)
     if needs[x]:
-        gradients.append(Gradient(weights[5], False, channels))
-        gradient_of.append(3)
+        gradients[3] = Gradient(weights[5], False, channels)
 
-    # The merged convolutions count as one.
-    outs = (
-        (Product(c1 + c21 + c31, channels, 1, 1), ((w1, c1 * channels), (w21, c21 * channels), (w31, c31 * channels))),
-        (Product(c2, c21, 3, 3), ((w22, weights[2].numel()),)),
-        (Product(c3, c31, 5, 5), ((w32, weights[4].numel()),)),
-        (Product(c4, channels, 1, 1), ((w42, c4 * channels),)),
-    )
-    product_of = tuple(i for i, (_, wanted) in enumerate(outs) if need(*(out for out, _ in wanted)))
-    by_library: tuple[int, ...] = ()
-    division = divide((n, height, width), [outs[i][0] for i in product_of], dtype, gpu) if product_of else None
+    # Whose gradients the rows of a product are, and how many of them.
+    results = {0: {w1: c1, w21: c21, w31: c31}, 1: {w22: c2}, 2: {w32: c3}, 3: {w42: c4}}
+    products = {
+        0: Product(merged, channels, 1, 1), 1: Product(c2, c21, 3, 3),
+        2: Product(c3, c31, 5, 5), 3: Product(c4, channels, 1, 1),
+    }  # fmt: skip
+    products = {i: product for i, product in products.items() if need(*results[i])}
+    division = divide(size, list(products.values()), dtype, gpu) if products else None
+    by_library = {}
     if division is not None and division.tiles.library:
-        by_library = tuple(i for i in product_of if i in SPATIAL)
-        product_of = tuple(i for i in product_of if i not in SPATIAL)
-        left = [outs[i][0] for i in product_of]
-        division = divide((n, height, width), left, dtype, gpu, division.tiles) if left else None
-    products = [outs[i][0] for i in product_of]
-    for j, i in enumerate(product_of):
-        assert division is not None
-        elements = products[j].out_channels * products[j].columns
-        products[j] = products[j]._replace(offset=place(elements, division.parts, *outs[i][1]))
+        by_library = {i: weight for i, weight in ((1, w22), (2, w32)) if i in products}
+        products = {i: product for i, product in products.items() if i not in by_library}
+        division = divide(size, list(products.values()), dtype, gpu, division.tiles) if products else None
+    for i, product in products.items():
+        elements = {gradient: count * product.columns for gradient, count in results[i].items()}
+        products[i] = product._replace(offset=place(division.parts, elements))
 
     return _Plan(
-        merged=c1 + c21 + c31 if need(x, w1, b1, w21, b21, w31, b31) else 0,
-        pooled=channels if needs[x] else 0,
-        widths=tuple(columns if i in branch_of else 0 for i, columns in ((1, c2), (2, c3), (3, c4))),
-        branches=tuple(branches), branch_of=tuple(branch_of),
-        gradients=tuple(gradients), gradient_of=tuple(gradient_of), tiles=tiles,
-        library=by_library, products=tuple(products), product_of=product_of, division=division,
-        sums=tuple(sums.values()), sum_of=tuple(sums), partials=partials,
+        merged=merged if need(x, w1, b1, w21, b21, w31, b31) else 0,
+        branches=branches, gradients=gradients, tiles=tiles,
+        library=by_library, products=products, division=division, sums=sums, partials=partials,
     )  # fmt: skip
 
 
@@ -232,45 +215,44 @@ def backward(
     x, r2, r3 = (made.dense(t, torch.channels_last) for t in (x, saved.r2, saved.r3))
     mask, pooled, codes = (None if t is None else made.dense(t) for t in saved[2:])
     shape, dtype, device = x.shape, x.dtype, x.device
-    n, _, height, width = shape
-    size = n, height, width
-    rows = n * height * width
+    n, channels, height, width = shape
+    size, rows = (n, height, width), n * height * width
     plan = _plan(
         shape, tuple([w.shape for w in (w1, w21, w22, w31, w32, w42)]), tuple([grad is not None for grad in grads]),
         dtype, target.gpu(device),
     )  # fmt: skip
 
-    def empty(columns: int) -> Tensor | None:
-        return torch.empty((rows, columns), dtype=dtype, device=device) if columns else None
+    def empty(columns: int) -> Tensor:
+        return torch.empty((rows, columns), dtype=dtype, device=device)
 
     # Branch 1's gradient and the reductions' lie side by side, so that one product each gives what they lead to. What
     # nobody needs of them stays as it is: each column leads to its own weights alone, and where x needs it, all do.
-    merged, grad_pooled = empty(plan.merged), empty(plan.pooled)
-    masked: list[Any] = [merged, *map(empty, plan.widths)]
+    merged = empty(plan.merged) if plan.merged else None
+    masked = {0: merged} | {i: empty(branch.stride) for i, branch in plan.branches.items() if i > 0}
+    grad_pooled = None if grads[0] is None else empty(channels)
     sums_dtype = torch.float64 if dtype is torch.float64 else torch.float32
     partials = torch.empty(plan.partials, dtype=sums_dtype, device=device)
-    made.allocated.extend((*masked, grad_pooled, partials))
+    made.allocated.extend((*masked.values(), grad_pooled, partials))
     launched = made.launched
     if plan.branches:
-        launched.append(split(grad_out, mask, plan.branches, [masked[i] for i in plan.branch_of], partials))
+        outs = [masked[i] for i in plan.branches]
+        launched.append(split(grad_out, mask, tuple(plan.branches.values()), outs, partials))
     if plan.gradients:
         operands = {1: (w22, r2, merged), 2: (w32, r3, merged), 3: (w42, None, grad_pooled)}
-        weights, actives, outs = zip(*[operands[i] for i in plan.gradient_of], strict=True)
-        grads_of = [masked[i] for i in plan.gradient_of]
-        launched.append(data_gradient(plan.gradients, grads_of, weights, actives, outs, size, partials, plan.tiles))
+        weights, actives, outs = zip(*[operands[i] for i in plan.gradients], strict=True)
+        gradients, grads_of = tuple(plan.gradients.values()), [masked[i] for i in plan.gradients]
+        launched.append(data_gradient(gradients, grads_of, weights, actives, outs, size, partials, plan.tiles))
     if (grad_x := grads[0]) is not None:
-        assert merged is not None
-        assert grad_pooled is not None
         launched.append(pool_gradient(grad_pooled, codes, grad_x))
         launched.append(entry_gradient(merged, (w1, w21, w31), grad_x))
     sources = (x, r2, r3, pooled)
-    for i in plan.library:
-        library.weight_gradient(masked[i], sources[i], grads[SPATIAL[i]])
+    for i, weight in plan.library.items():
+        library.weight_gradient(masked[i], sources[i], grads[weight])
         launched.append(None)
-    if plan.division is not None:
-        grads_of, xs = [masked[i] for i in plan.product_of], [sources[i] for i in plan.product_of]
-        launched.append(weight_gradient(plan.products, grads_of, xs, size, plan.division, partials))
+    if plan.products:
+        products, grads_of = tuple(plan.products.values()), [masked[i] for i in plan.products]
+        xs = [sources[i] for i in plan.products]
+        launched.append(weight_gradient(products, grads_of, xs, size, plan.division, partials))
     if plan.sums:
-        results: list[Any] = [grads[i] for i in plan.sum_of]
-        launched.append(add_up(plan.sums, results, partials))
+        launched.append(add_up(tuple(plan.sums.values()), [grads[i] for i in plan.sums], partials))
     return made
