@@ -22,9 +22,11 @@ BACKENDS = ("auto", "triton", "aten")
 # What of a layer decides whether it computes what its class does.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_CONVS = ("kernel_size", "padding", "stride", "dilation", "groups", "padding_mode", "_parameters")
-# What the kernels count in int32: pixels, up to the end of the last tile, and numbers from row to row of an image.
+# What the kernels count in int32: pixels, up to the end of the last tile, numbers from row to row of an image, and
+# those of a weight, up to the end of the last tile; the weights of the 1x1 convolutions that read x are one to them.
 _MOST_PIXELS = 2**31 - 2**12
 _MOST_IN_FIVE_ROWS = 2**31  # a 5x5 kernel has four rows below its first, and reads five pixels of the last
+_MOST_WEIGHTS = 2**30  # of all together
 
 
 def _widened(cpu: Mapping[str, Any]) -> dict[torch.dtype, int]:
@@ -180,6 +182,8 @@ def _too_large(x: Tensor, params: Sequence[Tensor]) -> str | None:
     if (4 * width + 5) * widest > _MOST_IN_FIVE_ROWS:
         most = (_MOST_IN_FIVE_ROWS // widest - 5) // 4
         return f"the kernels count at most {most} pixels of {widest} channels in a row, and there are {width}"
+    if sum([p.numel() for p in params]) > _MOST_WEIGHTS:
+        return f"the kernels count at most {_MOST_WEIGHTS} numbers of all parameters"
     return None
 
 

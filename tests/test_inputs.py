@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastinception import FastInception, Inception, explain
+from fastinception import FastInception, Inception, explain, functional
 
 SMALL = (5, 4, (3, 6), (2, 3), 7)
 BACKENDS = ("auto", "aten", "triton")
@@ -204,3 +204,15 @@ def test_what_is_beyond_the_kernels_integers_is_not_theirs(pixels, c2, c3, reaso
     else:
         with pytest.raises(ValueError, match=f"backend='triton' cannot run here: .*{reason}"):
             explain(fast, x)
+
+
+def test_more_weights_than_the_kernels_count_are_not_theirs():
+    """To one of them the 1x1 convolutions that read x are rows of one matrix."""
+    x, others = torch.zeros(1).expand(1, 2**14, 1, 1), [(1, 2**14, 1, 1), (1,), (1, 1, 3, 3), (1,)]
+    others += [(1, 2**14, 1, 1), (1,), (1, 1, 5, 5), (1,), (1, 2**14, 1, 1), (1,)]
+    some, many = [
+        [torch.zeros(1).expand(shape) for shape in ((c1, 2**14, 1, 1), (c1,), *others)] for c1 in (2**16 - 8, 2**16)
+    ]
+    assert functional.explain(x, some, "triton").name == "triton"
+    with pytest.raises(ValueError, match="at most 1073741824 numbers of all parameters"):
+        functional.explain(x, many, "triton")
