@@ -38,6 +38,23 @@ def tap_code(tap):
 
 
 @triton.jit
+def _own_codes(codes, middle, inner, PTX: tl.constexpr):
+    """``(codes | middle) & inner`` as bytes; of 16-bit codes by PTX, as the compiler takes pairs of them apart."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            """{
+                .reg .b32 two, others;
+                lop3.b32 two, $1, $3, $5, 0xA8;
+                lop3.b32 others, $2, $4, $6, 0xA8;
+                prmt.b32 $0, two, others, 0x6420;
+            }""",
+            "=r,r,r,r,r,r,r", [codes, middle, inner], dtype=tl.uint8, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        return ((codes | middle) & inner).to(tl.uint8)
+
+
+@triton.jit
 def _pool_step(
     acc, k, x_ptr, w_rows, pixel, up, down, left, right, pooled_ptr, codes_ptr, middle, inner, mask_saved,
     K, STEPS: tl.constexpr, PTX: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
@@ -70,9 +87,11 @@ def _pool_step(
     if SAVE:
         kept = pixel.to(tl.int64)[:, None] * K + columns[None, :]
         mask_kept = mask_saved[:, None] if STEPS == "even" else mask_saved[:, None] & mask_k[None, :]
-        codes = (codes | middle.to(CODE)[:, None]) & inner.to(CODE)[:, None]
         tl.store(pooled_ptr + kept, pooled, mask=mask_kept)
-        tl.store(codes_ptr + kept, codes.to(tl.uint8), mask=mask_kept)
+        codes = _own_codes(codes, middle.to(CODE)[:, None], inner.to(CODE)[:, None], MAX_ASM is not None)
+        # 16 bytes of codes a thread, in the layout of all, would take every second 16 bytes of x at a time.
+        CHUNK: tl.constexpr = 128 // pooled.dtype.primitive_bitwidth
+        tl.store(codes_ptr + tl.max_contiguous(kept, (1, CHUNK)), codes, mask=mask_kept)
     w_columns = w_rows + columns[None, :]
     w = tl.load(w_columns) if STEPS == "even" else tl.load(w_columns, mask=mask_k[None, :], other=0.0)
     if STEPS == "overlapping":  # infinities times the weights' zeros would be NaN
