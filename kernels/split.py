@@ -37,7 +37,8 @@ def _split_kernel(
     """Mask STEPS * BLOCK_M rows x BLOCK_N channels of one branch, and add up what passes, channel by channel.
 
     The tiles of the branches follow one another; ``firsts`` is where each one's begin. ALIGNED divides widths, columns
-    and strides, and more than 1 says that pointers are aligned to 16 bytes.
+    and strides, and more than 1 says that pointers are aligned to 16 bytes. RUN is that of ``epilogue.out_run``, None
+    of a gradient whose pixels are not all at one distance.
     """
     program = tl.program_id(0)
     out_ptr = pointer_of(program, firsts, out_ptrs, ALIGNED > 1)
@@ -53,17 +54,24 @@ def _split_kernel(
     mask_n = offs_n < width
     channels = (column + offs_n).to(tl.int64) * stride_gc
     dtype: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
-    total = tl.zeros((BLOCK_N,), dtype=dtype)
+    # A sum over all rows would have each step wait for all threads: where channels lie side by side, each adds up its
+    # own rows, which are 16 apart. Where pixels do, it has rows side by side.
+    SUMS: tl.constexpr = 1 if RUN else 16
+    total = tl.zeros((SUMS, BLOCK_N), dtype=dtype)
     for step in range(STEPS):
         offs_m = (part * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_n[None, :]
         rows = offs_m.to(tl.int64)
-        # Divided in int32, as pixels are counted: in int64 each division is the call of a subroutine.
-        n, h, w = (offs_m // (H * W)).to(tl.int64), (offs_m // W % H).to(tl.int64), (offs_m % W).to(tl.int64)
-        pixels = n * stride_gn + h * stride_gh + w * stride_gw
         mask_g = mask
-        if RUN > 0:  # as in epilogue.store_out
+        # Divided in int32, as pixels are counted: in int64 each division is the call of a subroutine.
+        if RUN is None:
+            n, h, w = (offs_m // (H * W)).to(tl.int64), (offs_m // W % H).to(tl.int64), (offs_m % W).to(tl.int64)
+            pixels = n * stride_gn + h * stride_gh + w * stride_gw
+        elif RUN == 0:
+            pixels = rows * stride_gw
+        else:  # as in epilogue.store_out
+            pixels = (offs_m // (H * W)).to(tl.int64) * stride_gn + (offs_m % (H * W)).to(tl.int64)
             pixels = tl.multiple_of(tl.max_contiguous(pixels, max(RUN, 2)), RUN)
             channels = tl.multiple_of(channels, RUN)
             mask_g = tl.max_constancy(mask_m, RUN)[:, None] & mask_n[None, :]
@@ -77,8 +85,9 @@ def _split_kernel(
         # A choice, never a product: an infinite gradient times a zero mask would be NaN.
         grad = tl.where(tl.reshape(active, (BLOCK_M, BLOCK_N)) != 0, grad, 0.0)
         tl.store(out_ptr + rows[:, None] * stride + offs_n[None, :], grad, mask=mask)
-        total += tl.sum(grad.to(dtype), axis=0)
-    tl.store(partials_ptr + number_of(program, firsts, offsets) + part * width + offs_n, total, mask=mask_n)
+        total += tl.sum(tl.reshape(grad.to(dtype), (BLOCK_M // SUMS, SUMS, BLOCK_N)), axis=0)
+    sums = partials_ptr + number_of(program, firsts, offsets) + part * width + offs_n
+    tl.store(sums, tl.sum(total, axis=0), mask=mask_n)
 
 
 def parts(rows: int, gpu: target.Gpu) -> int:
@@ -116,15 +125,22 @@ def _launch_config(
     n, _, height, width = shape
     stride_n, stride_c, stride_h, stride_w = strides
     rows, config = n * height * width, configs.sweep(configs.SPLIT, gpu)
-    # As epilogue.out_run, of a gradient with any strides.
-    run = run_of(height * width, stride_n, stride_c) if (stride_h, stride_w) == (width, 1) else 0
+    # As epilogue.out_run, and None of a gradient with other strides.
+    run = None
+    if (stride_h, stride_w) == (width, 1):
+        run = run_of(height * width, stride_n, stride_c)
+    elif (stride_n, stride_h) == (height * width * stride_w, width * stride_w):
+        run = 0
     block_n = config.block_n // 2 if run == 1 else config.block_n  # an address for each element takes registers
     tiles = (parts(rows, gpu) * configs.cdiv(branch.width, block_n) for branch in branches)
     *firsts, end = itertools.accumulate(tiles, initial=0)
     widths, columns, mask_columns, out_strides, offsets = zip(*branches, strict=True)
     lists = (tuple(firsts), widths, columns, mask_columns, out_strides, offsets)
+    options = {}
+    if gpu.runs_ptx and run == 0:  # five programs for an SM: left alone, ptxas makes it six, and spills (Triton 3.6)
+        options["maxnreg"] = 96
     return configs.launch_config(
         end, (*lists, rows, height, width, stride_n, stride_c, stride_h, stride_w, mask_bytes),
         ALIGNED=math.gcd(8, *widths, *columns, *out_strides) if aligned else 1,
-        RUN=run, STEPS=config.steps, BLOCK_M=config.block_m, BLOCK_N=block_n, num_warps=config.num_warps,
+        RUN=run, STEPS=config.steps, BLOCK_M=config.block_m, BLOCK_N=block_n, num_warps=config.num_warps, **options,
     )  # fmt: skip

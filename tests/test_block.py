@@ -333,9 +333,12 @@ def test_what_the_compiler_is_told_holds(monkeypatch, size, format):
         ((776, 32, 8, 1), 8),
         ((864, 36, 8, 1), 4),
         ((770, 32, 8, 1), 1),  # pairs are none
-        ((960, 40, 10, 1), 0),  # lines apart
-        ((1536, 64, 16, 2), 0),
-        ((768, 1, 192, 24), 0),
+        ((960, 40, 10, 1), None),  # lines apart
+        ((1536, 64, 16, 2), None),
+        ((768, 1, 192, 24), 0),  # channels_last
+        ((960, 1, 240, 30), 0),  # some of its channels
+        ((1536, 1, 192, 24), None),  # every second image
+        ((0, 0, 0, 0), 0),  # of a sum
     ],
 )
 def test_a_gradients_run_divides_all_its_distances(strides, run):
