@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastinception import MaxPool2d
+from fastinception import MaxPool2d, backends
 from fastinception.kernels import target
 from tests import profiled
 
@@ -86,10 +86,13 @@ def test_everything_else_is_torchs_own():
         lambda: pool(x.detach()),
         lambda: torch.no_grad()(pool)(x),
         lambda: MaxPool2d(3)(x),
+        lambda: pool(x.detach().to("meta").requires_grad_()),
     ):
         assert not profiled.operators(run)
     clean = x.detach().nan_to_num(0.5).add(torch.rand(x.shape, dtype=x.dtype)).requires_grad_()
     assert torch.autograd.gradgradcheck(MaxPool2d(3, 2, 1), clean)
+    settings = [3, 3], [2, 2], [1, 1], [1, 1], False
+    assert torch.autograd.gradcheck(lambda x: torch.ops.fastinception.max_pool2d(x, *settings)[0], clean)
     for strict in (False, True):
         exported = torch.export.export(MaxPool2d(3, 2, 1), (clean,), strict=strict)
         assert "fastinception" not in str(exported.graph)
@@ -175,11 +178,13 @@ UNSERVED = {
 
 @needs_interpreter
 @pytest.mark.parametrize(
-    "change", ["nothing", "settings", "dilation", "ceil", "indices", *UNSERVED, "autocast", "compiled"]
+    "change",
+    ["nothing", "pairs", "settings", "one side", "dilation", "ceil", "indices", *UNSERVED, "autocast", "compiled"],
 )
 def test_what_triton_does_not_serve_is_torchs_own(change, launches):
     x = UNSERVED.get(change, Tensor.detach)(torch.randn(2, 5, 8, 6).contiguous(memory_format=torch.channels_last))
     settings = {"settings": {"stride": 1}, "dilation": {"dilation": 2}, "ceil": {"ceil_mode": True}}
+    settings |= {"pairs": {"kernel_size": (3, 3), "padding": [1, 1]}, "one side": {"stride": (2, 1)}}
     run = half(**settings.get(change, {}), return_indices=change == "indices")
     own = nn.MaxPool2d(run.kernel_size, run.stride, run.padding, run.dilation, run.return_indices, run.ceil_mode)
     if change == "vmap":
@@ -188,11 +193,23 @@ def test_what_triton_does_not_serve_is_torchs_own(change, launches):
         run = torch.compile(run, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", enabled=change == "autocast"):
         found, expected = run(x), own(x)
-    assert launches == ([False] if change == "nothing" else [])
+    assert launches == ([False] if change in ("nothing", "pairs") else [])
     assert type(found) is type(expected)
     if change != "indices":
         assert found.stride() == expected.stride()
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("most", "lacking", "launched"), [(96, None, [False]), (95, None, []), (96, "it has no tensor cores", [])]
+)
+def test_what_is_beyond_the_kernels_or_the_chip_is_torchs_own(most, lacking, launched, launches, monkeypatch):
+    monkeypatch.setattr(backends, "_MOST_PIXELS", most)
+    monkeypatch.setattr(target, "without_products", lambda device: lacking)
+    x = torch.randn(2, 5, 8, 6).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(half()(x), nn.MaxPool2d(3, 2, 1)(x))
+    assert launches == launched
 
 
 def test_settings_are_left_to_torch(launches):
@@ -204,11 +221,12 @@ def test_settings_are_left_to_torch(launches):
         own = nn.MaxPool2d(pool.kernel_size, pool.stride, pool.padding)
         own.stride = pool.stride
         assert torch.equal(pool(x), own(x))
-    with pytest.raises((RuntimeError, TypeError)) as expected:
-        nn.MaxPool2d(3, 2, 5)(x)
-    with pytest.raises(type(expected.value)) as found:
-        half(padding=5)(x)
-    assert str(found.value) == str(expected.value)
+    for padding, images in ((5, x), (1, x[:, :0]), (1, [1.0])):
+        with pytest.raises((RuntimeError, TypeError)) as expected:
+            nn.MaxPool2d(3, 2, padding)(images)
+        with pytest.raises(type(expected.value)) as found:
+            half(padding=padding)(images)
+        assert str(found.value) == str(expected.value)
     assert half()(x.to("meta")).shape == (2, 5, 4, 3)
     assert launches == []
 

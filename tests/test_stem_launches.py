@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastinception import Conv2d, FastInception, GoogLeNet, MaxPool2d
+from fastinception import Conv2d, FastInception, GoogLeNet, MaxPool2d, backends
 from fastinception.kernels import target
 from fastinception.stem import Stage
 
@@ -92,6 +92,9 @@ def test_inference_is_that_of_the_layers(which, dtype, launches):
 def test_where_triton_does_not_serve_the_layers_run(change, which, launches, passing):
     own, x = by_triton(which)
     run, expected = own, functools.partial(by_layers, own)
+    with torch.no_grad():
+        for p in own.parameters():
+            p.normal_()  # another way would round otherwise
     if change == "format":
         own, x = own.to(memory_format=torch.contiguous_format), x.contiguous()
     if change == "dtype":
@@ -185,6 +188,53 @@ def test_without_a_bias_and_with_other_pools_the_layers_run(launches):
         with torch.no_grad():
             assert torch.equal(own(x), by_layers(own, x))
     assert launches == []
+
+
+def strided(t: Tensor) -> nn.Parameter:
+    """Return a parameter like ``t`` that has twice its steps in memory."""
+    return nn.Parameter(torch.stack((t.detach(), t.detach()), -1)[..., 0])
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("change", "launched"),
+    [
+        ("nothing", LAUNCHED[1]),
+        ("strided weight", LAUNCHED[0]),
+        ("strided bias", LAUNCHED[0]),
+        ("strided last bias", ["_spatial_kernel"]),
+        ("stride", LAUNCHED[0]),
+        ("padding", LAUNCHED[0]),
+        ("no bias", LAUNCHED[0]),
+        ("many pixels", ["_spatial_kernel"]),
+        ("one channel", []),
+    ],
+)
+def test_what_the_kernels_do_not_read_is_left_to_the_layers(change, launched, launches, monkeypatch):
+    """With a gradient asked of none, so that a mode is not what keeps it from them."""
+    torch.manual_seed(0)
+    options = {"stride": {"stride": 2}, "padding": {"padding": 1}, "no bias": {"bias": False}}.get(change, {})
+    padding = 2 if change == "many pixels" else 1
+    channels = 1 if change == "one channel" else 8
+    first, last = Conv2d(channels, 16, 1, **options), Conv2d(16, 8, 3, padding=padding)
+    own = Stage(first, nn.ReLU(), last, MaxPool2d(3, 2, 1), nn.ReLU())
+    own[-2].backend = "triton"
+    x = torch.randn(2, channels, 9, 8)
+    if change != "one channel":  # such images have both formats, and the convolution the weight's
+        own, x = own.to(memory_format=CL), x.contiguous(memory_format=CL)
+    if change == "strided weight":
+        first.weight = strided(first.weight)
+    if change == "strided bias":
+        first.bias = strided(first.bias)
+    if change == "strided last bias":
+        last.bias = strided(last.bias)
+    if change == "many pixels":
+        monkeypatch.setattr(backends, "_MOST_PIXELS", 2 * 9 * 8)
+    own.requires_grad_(False)
+    found, expected = own(x), by_layers(own, x)
+    assert launches == launched
+    torch.testing.assert_close(found, expected)
+    assert found.stride() == expected.stride()
 
 
 @pytest.mark.parametrize("backend", ["auto", "aten", "triton"])
