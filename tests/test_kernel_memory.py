@@ -26,6 +26,7 @@ from fastinception.kernels import data_gradient as data_gradient_module
 from fastinception.kernels import entry as entry_module
 from fastinception.kernels import entry_gradient as entry_gradient_module
 from fastinception.kernels import first_layer as first_layer_module
+from fastinception.kernels import pool as pool_module
 from fastinception.kernels import spatial as spatial_module
 from fastinception.kernels import split as split_module
 from fastinception.kernels import weight_gradient as weight_gradient_module
@@ -165,7 +166,10 @@ def test_nothing_outside_is_read(monkeypatch, engine):
     memory = Memory()
     framed = mock.Mock(conv2d=lambda *args: memory.put(F.conv2d(*args), torch.float32, torch.channels_last))
     monkeypatch.setattr(spatial_module, "F", framed)
-    launch_both(block_buffers((3, 17, 9, 5), torch.channels_last, memory), memory, **engine)
+    buffers = block_buffers((3, 17, 9, 5), torch.channels_last, memory)
+    launch_both(buffers, memory, **engine)
+    bias, out = memory.randn(17, dtype=torch.float32), memory.empty((3, 17, 5, 3), torch.float32, torch.channels_last)
+    pool_module.max_pool(buffers["x"], bias, out)
     frames = [(frame.data_ptr(), frame.data_ptr() + frame.nbytes) for frame in memory.frames]
     assert len(reads) > 1000
     assert not [address for address in reads for first, end in frames if first <= address < end]
@@ -262,6 +266,15 @@ def test_addresses_beyond_two_to_the_31_elements(monkeypatch, level):
         notes.once(spatial_module, "_spatial_kernel")
         spatial([Conv(x, weight, bias, c)], out, None)
     notes.assert_inside(*operands)
+
+
+@needs_interpreter
+def test_addresses_beyond_two_to_the_31_elements_in_the_stems_pool(monkeypatch):
+    x, out = (huge(140_000_000, 16) for _ in range(2))
+    bias, notes = torch.zeros(16, dtype=torch.float16), Notes(monkeypatch)
+    notes.once(pool_module, "_max_pool_kernel")
+    pool_module.max_pool(x, bias, out)
+    notes.assert_inside(x, out, bias)
 
 
 @needs_interpreter
