@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import math
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +25,7 @@ from bench import memory
 from fastinception import FastInception, Inception
 from fastinception.googlenet import WIDTHS
 from fastinception.kernels import block as launches
-from fastinception.kernels import configs, entry, epilogue, split, target, weight_gradient
+from fastinception.kernels import configs, entry, epilogue, library, split, target, weight_gradient
 
 DEVICE = "cpu" if target.interpreted() else "cuda"
 SMALL = (16, 9, (4, 8), (3, 5), 7)
@@ -417,6 +419,32 @@ def test_spatial_weight_gradients_by_the_library(monkeypatch, wanted, ran):
             torch.testing.assert_close(own, theirs)
         else:
             assert torch.equal(own, theirs), name
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_the_librarys_gradient_leaves_its_switch_as_it_was(before, monkeypatch):
+    """Also where it fails, and where two threads, as autograd's of two devices, ask for it at once."""
+    grad, x, out = torch.randn(24, 3), images((2, 5, 3, 4)), torch.empty(3, 5, 3, 3)
+    seen = []
+
+    def slow(*args: Any) -> tuple[None, Tensor, None]:
+        first = torch.backends.cudnn.deterministic
+        time.sleep(0.02 * (len(seen) + 1))
+        seen.append((first, torch.backends.cudnn.deterministic))
+        return None, out, None
+
+    with torch.backends.cudnn.flags(deterministic=before):
+        with pytest.raises(RuntimeError):
+            library.weight_gradient(grad, x[:, :4], out)
+        assert torch.backends.cudnn.deterministic is before
+        monkeypatch.setattr(torch.ops.aten, "convolution_backward", slow)
+        threads = [threading.Thread(target=library.weight_gradient, args=(grad, x, out)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.backends.cudnn.deterministic is before
+    assert seen == [(True, True)] * 2
 
 
 @pytest.mark.parametrize("values", ["zeros", "ties", "minus infinity"])

@@ -276,6 +276,14 @@ def test_the_library_takes_any_number_of_taps_and_nan_passes():
     case.check()
 
 
+def test_the_librarys_results_are_rows_of_pixels_whatever_format_it_chose():
+    """Of one channel, which is contiguous in both formats, it may be either."""
+    x, weight, bias = normal(2, 1, 4, 5).to(DEVICE), normal(3, 1, 3, 3).to(DEVICE), normal(3).to(DEVICE)
+    out = torch.empty(2, 3, 4, 5, device=DEVICE)
+    spatial([Conv(x, weight, bias, 0, padding=(1, 1))], out, None, tiles=LIBRARY)
+    torch.testing.assert_close(out, F.relu(F.conv2d(x, weight, bias, padding=1)))
+
+
 def test_more_taps_than_bits_are_refused():
     with pytest.raises(ValueError, match=r"at most 31 taps was expected, got 4x8"):
         Spatial(1, 9, 9, [(1, 1, (4, 8), (1, 1), (0, 0))])
