@@ -240,8 +240,10 @@ def test_compiled_variants_are_rows_and_the_better_rival_is_kept(
 
 
 def test_engines_are_recorded_with_their_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "ENGINES", {"Rich": (("rich",), ("fp32",)), "None": (("no_such",), ("fp32",))})
-    assert engines.versions() == {"Rich": importlib.metadata.version("rich")}
+    packages = {"Pillow": ("PIL",), "None": ("no_such",), "In part": ("PIL", "no_such")}
+    monkeypatch.setattr(engines, "ENGINES", {name: (needed, ("fp32",)) for name, needed in packages.items()})
+    assert engines.versions() == {"Pillow": importlib.metadata.version("pillow")}
+    assert (engines.available("fp32"), engines.available("bf16")) == (["Pillow"], [])
 
 
 @pytest.mark.usefixtures("fast_schedule")
@@ -275,10 +277,24 @@ def test_ratios_take_the_best_of_all_plain_rows() -> None:
 
 
 @pytest.mark.parametrize(("mode", "per_convolution"), [("inference", 1), ("training", 3)])
-def test_the_floor_is_every_convolution_and_nothing_else(mode: str, per_convolution: int) -> None:
+def test_the_floor_is_every_convolution_and_nothing_else(
+    mode: str, per_convolution: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its FLOPs are the network's own less the last layer's, and its only operators are convolutions."""
     images, net = torch.rand(2, 1, 32, 32), GoogLeNet()
     convolutions = floor.Convolutions(net, images, mode=mode, dtype="fp32")
+    called: list[Any] = []
+    convolve = nn.functional.conv2d
+
+    def watch(x: Tensor, weight: Tensor, bias: Tensor, *settings: Any) -> Tensor:
+        called.append((x.shape, weight.shape, bias.shape, *settings[:2]))
+        return convolve(x, weight, bias, *settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "conv2d", watch)
+        net(images)
+        convolutions()
+    assert called[:57] == called[57:]
     with FlopCounterMode(display=False) as counter:
         loss = net(images).sum()
         if mode == "training":
