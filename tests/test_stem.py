@@ -138,6 +138,18 @@ def test_malloc_reuses_each_parts_result(side, monkeypatch):
         assert 64 * ((side + 1) // 2) ** 2 * 4 * (part.stop - part.start) < 2**25 - 2**14
 
 
+@pytest.mark.parametrize(("which", "side", "most"), [(0, 96, 56), (1, 24, 75)])
+def test_parts_begin_where_malloc_would_not_reuse_the_result(which, side, most, monkeypatch):
+    """As the README says, of images of 96 pixels."""
+    monkeypatch.undo()
+    monkeypatch.setattr(stem, "BLOCKED_PAYS", False)
+    own = GoogLeNet(block=FastInception)[which][-3:]
+    x = torch.zeros(1, own[0].in_channels, side, side).expand(most + 1, -1, -1, -1)
+    with torch.no_grad():
+        assert operators(lambda: own(x)) == {"conv_pool_relu"}
+        assert operators(lambda: own(x[:most])) == set()
+
+
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_only_what_is_needed_is_computed(needs, monkeypatch):
     own, x = stage(0, monkeypatch)
@@ -450,7 +462,7 @@ def test_a_program_that_is_kept_takes_any_batch(program, monkeypatch):
 def test_autocast(compiled, widened, trained, monkeypatch):
     """Casts as the layers' convolution does, in a compiled graph as well, and widens what is slower."""
     monkeypatch.setattr(backends, "_WIDENED", {torch.bfloat16: 0} if widened else {})
-    monkeypatch.setattr(stem, "_KEPT", 5 * 64 * 13 * 11 * 4)
+    monkeypatch.setattr(stem, "_KEPT", BATCH * 64 * 13 * 11 * (4 if widened else 2) - 1)  # bytes that are computed
     own, x = stage(0, monkeypatch)
     run = torch.compile(own, fullgraph=True, backend="aot_eager") if compiled else own
     params = list(own.parameters())
@@ -523,8 +535,10 @@ def test_compiled_inference_of_one_size_has_few_parts(dynamic, blocked, monkeypa
         assert len(graphs) == (1 if dynamic else 2)
         run = torch.compile(own, fullgraph=True, dynamic=False, backend="aot_eager")
         assert operators(lambda: run(x[:5])) == ({"conv_pool_relu"} if blocked else set())
-        monkeypatch.setattr(stem, "_KEPT", 64 * 13 * 11 * 4)
-        for images, parts in ((8, True), (9, False)):  # a graph of any number of parts would take long to compile
+        image = 64 * 13 * 11 * 4
+        # A graph of any number of parts would take long to compile, and no part is less than an image.
+        for kept, images, parts in ((image, 8, True), (image, 9, False), (image - 1, 3, True)):
+            monkeypatch.setattr(stem, "_KEPT", kept)
             run = torch.compile(own, fullgraph=True, dynamic=False, backend="aot_eager")
             assert bool(operators(lambda run=run, images=images: run(x[:images]))) is not (parts and not blocked)
 
@@ -605,10 +619,26 @@ def test_everything_else_is_its_layers(monkeypatch):
     for place, layer in ((0, nn.Conv2d(3, 64, 7, 2, 3)), (1, nn.MaxPool2d(3, 2, 1)), (2, nn.ReLU6())):
         changed = with_layer(place, layer)
         assert not operators(lambda changed=changed: changed(x))
+    for name, t in list(own[0].named_parameters()):
+        changed = with_layer(0, Conv2d(3, 64, 7, 2, 3))
+        setattr(changed[0], name, nn.Parameter(TwoTensor(t.detach(), t.detach())))
+        assert not operators(lambda changed=changed: changed(x)), name
     for start, stop in ((0, 0), (0, 1), (0, 2), (1, 3)):
         part = own[start:stop]
         y = integers(2, 3, 20, 20)
         assert torch.equal(part(y), layers(part)(y))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_layer_of_another_class_is_called(place, monkeypatch):
+    own, x = stage(0, monkeypatch)
+
+    class Doubled(type(own[place])):
+        def forward(self, y):
+            return 2 * super().forward(y)
+
+    own[place].__class__ = Doubled
+    assert torch.equal(own(x), layers(own)(x))
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -650,18 +680,22 @@ def test_layers_in_front_are_called_and_their_hooks_run(monkeypatch):
     assert seen == [BATCH]
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 0, 40), (2, 3, 48, 0), (2, 4, 48, 48)])
-def test_wrong_images_are_the_convolutions_error(shape, monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((2, 3, 0, 40), None), ((2, 3, 48, 0), None), ((2, 4, 48, 48), None), ((2, 3, 48, 48), torch.float64)],
+)
+def test_wrong_images_are_the_convolutions_error(shape, dtype, monkeypatch):
     own, _ = stage(0, monkeypatch)
     for grad in (False, True):
         with torch.set_grad_enabled(grad), pytest.raises(RuntimeError) as expected:
-            layers(own)(torch.empty(shape))
+            layers(own)(torch.empty(shape, dtype=dtype))
         with torch.set_grad_enabled(grad), pytest.raises(RuntimeError) as found:
-            own(torch.empty(shape))
+            own(torch.empty(shape, dtype=dtype))
         assert str(found.value) == str(expected.value)
 
 
 def test_an_empty_batch_stays_empty(monkeypatch):
+    monkeypatch.setattr(stem, "BLOCKED_PAYS", True)
     own, x = stage(0, monkeypatch)
     assert own(x[:0]).shape == (0, 64, 7, 6)
     weight, bias = own[0].weight.detach(), own[0].bias.detach()
@@ -696,3 +730,14 @@ def test_another_shape_in_the_backward_is_an_error(change, compiled, monkeypatch
         x.data = torch.zeros(4, 3, 25, 25) if change == "x's side" else torch.zeros(2, 3, 26, 26)
     with pytest.raises(RuntimeError, match="another shape in the backward"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("index", [-1, 13 * 11])
+def test_an_index_beyond_its_plane_is_an_error(index, monkeypatch):
+    """As a hook of saved tensors may bring back; the backward would write there."""
+    own, x = stage(0, monkeypatch)
+    weight = own[0].weight.detach()
+    out, indices = torch.ops.fastinception.conv_pool_relu(x, weight, own[0].bias.detach(), 2, True, CL)
+    indices[-1, -1, -1, -1] = index
+    with pytest.raises(RuntimeError, match="another shape in the backward"):
+        torch.ops.fastinception.conv_pool_relu_backward(out, x, weight, out, indices, 2, [True] * 3)
