@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -109,6 +113,22 @@ def test_the_columns_error_is_within_twice_the_librarys(n, c, o, kernel, side):
     assert error(gradients.conv_backward(*rows, (False, True, False))[1]) <= 2 * theirs
 
 
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="only these have AVX2, or do not")
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_this_cpu_was_asked_on_import(capability):
+    """Here and in the stem, by PyTorch's own name for its instructions."""
+    code = (
+        "import torch; from fastinception import conv_backward, stem; "
+        "print(torch.backends.cpu.get_cpu_capability(), conv_backward.COLUMNS_PAY, stem.BLOCKED_PAYS)"
+    )
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    blocked = capability == "avx2" and torch.backends.mkldnn.is_available()
+    assert found.split() == [capability.upper(), str(capability == "avx2"), str(blocked)]
+
+
 def test_where_columns_are_multiplied(monkeypatch):
     """In float32, for small kernels or images within the kernel, enough pixels and enough channels."""
 
@@ -200,6 +220,12 @@ def test_opcheck(formats, bias):
     torch.library.opcheck(backward, (grad.requires_grad_(), x, weight, needs), test_utils=checks)
 
 
+def test_derivatives_are_those_of_finite_differences():
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 4, 3), (2, 3, 3, 3), 2)]
+    assert torch.autograd.gradcheck(torch.ops.fastinception.conv2d, tensors)
+    assert torch.autograd.gradgradcheck(torch.ops.fastinception.conv2d, tensors)
+
+
 def test_what_is_frozen_gets_no_gradient():
     conv, _ = pair()
     for frozen in (("weight",), ("bias",), ("weight", "bias"), ()):
@@ -267,6 +293,10 @@ def test_everything_else_is_torchs(monkeypatch):
     assert not operators(lambda: conv(x.contiguous()))
     assert not operators(lambda: conv(TwoTensor(x, x)))
     assert not operators(lambda: conv(x.detach().to_mkldnn()))
+    for name, t in list(conv.named_parameters()):
+        doubled = pair()[0]
+        setattr(doubled, name, nn.Parameter(TwoTensor(t.detach(), t.detach())))
+        assert not operators(lambda doubled=doubled: doubled(x)), name
     assert not operators(lambda: Own(16, 17, 3, padding=1)(x))
     patched = pair()[0]
     patched._conv_forward = conv._conv_forward
@@ -361,6 +391,10 @@ def test_a_wrong_image_gets_torchs_error():
         pair()[0](wrong)
     with pytest.raises(TypeError, match=r"invalid combination of arguments - got .list"):
         pair()[0]([1.0])
+    flat = pair()[0]
+    flat.weight = nn.Parameter(flat.weight.detach()[..., 0])
+    with pytest.raises(RuntimeError):
+        flat(image())
 
 
 def test_the_block_differentiates_its_spatial_convolutions_so(monkeypatch):
