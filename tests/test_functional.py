@@ -44,7 +44,8 @@ def test_no_activation(backend, format):
     expected = without_relu(net, x)
     assert all(bool((branch < 0).any()) for branch in expected.split((5, 9, 6, 4), dim=1))
     with torch.no_grad():
-        y = inception(x, list(net.parameters()), backend=backend, activation="none")
+        assert not (inception(x, list(net.parameters()), backend=backend) < 0).any()
+        y = inception(x, list(net.parameters()), backend=backend, activation="none")  # behind one that has it
         out = torch.full_like(expected, float("nan"))
         assert inception(x, list(net.parameters()), backend=backend, activation="none", out=out) is out
     torch.testing.assert_close(y, expected)
