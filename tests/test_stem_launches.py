@@ -190,6 +190,13 @@ def test_without_a_bias_and_with_other_pools_the_layers_run(launches):
     assert launches == []
 
 
+@needs_interpreter
+def test_operands_of_two_devices_are_not_launched():
+    x, weight = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 1, 1)
+    assert backends.by_triton("triton", x, weight)
+    assert not backends.by_triton("triton", x, weight.to("meta"))
+
+
 def strided(t: Tensor) -> nn.Parameter:
     """Return a parameter like ``t`` that has twice its steps in memory."""
     return nn.Parameter(torch.stack((t.detach(), t.detach()), -1)[..., 0])
