@@ -204,6 +204,8 @@ def test_what_is_beyond_the_kernels_integers_is_not_theirs(pixels, c2, c3, reaso
     else:
         with pytest.raises(ValueError, match=f"backend='triton' cannot run here: .*{reason}"):
             explain(fast, x)
+        with torch.autograd.forward_ad.dual_level():  # nor are standard operators, which serve this
+            assert explain(fast, x).name == "plain"
 
 
 def test_more_weights_than_the_kernels_count_are_not_theirs():
