@@ -186,6 +186,16 @@ def test_googlenet_defaults():
     assert net(torch.empty(2, 1, 96, 96, device="meta")).shape == (2, 10)
 
 
+def test_a_fast_block_of_the_callers_class_gets_the_fast_stem():
+    class Own(FastInception):
+        pass
+
+    with torch.device("meta"):
+        nets = [GoogLeNet(block=block) for block in (FastInception, Own)]
+    for stage, own in zip(*(net[:2].modules() for net in nets), strict=True):
+        assert type(stage) is type(own)
+
+
 def test_googlenet_slices_indexes_and_is_a_sequential():
     """nn.Sequential builds a slice by calling its own class with an OrderedDict, which GoogLeNet takes for a block."""
     with torch.device("meta"):
@@ -195,6 +205,7 @@ def test_googlenet_slices_indexes_and_is_a_sequential():
     assert list(body) == [net[0], net[1], net[2]]
     assert list(body.state_dict()) == [name for name in net.state_dict() if name[0] in "012"]
     assert list(net[-1:]) == [net[5]]
+    assert list(net[-1:].state_dict()) == ["5.weight", "5.bias"]
     assert isinstance(net[-1], nn.Linear)
     assert body(torch.empty(2, 1, 96, 96, device="meta")).shape == (2, 480, 6, 6)
     net[5] = nn.Linear(1024, 3, device="meta")
@@ -205,7 +216,8 @@ def test_googlenet_slices_indexes_and_is_a_sequential():
 
 def test_xavier_uniform_sets_weights_and_leaves_biases():
     torch.manual_seed(0)
-    net = nn.Sequential(FastInception(*SMALL), nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(20, 3))
+    stem = fastinception.Conv2d(7, 5, 3)
+    net = nn.Sequential(stem, FastInception(*SMALL), nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(20, 3))
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     assert googlenet.xavier_uniform_(net) is net
     for name, p in net.named_parameters():
