@@ -213,6 +213,16 @@ def test_a_pool_that_returns_indices_fails_as_in_the_plain_block():
     assert explain(blocks[1], x).reason.endswith("return_indices=True")
 
 
+@pytest.mark.parametrize(("setting", "value"), [("stride", 2), ("padding", 0)])
+def test_a_pool_of_another_size_fails_as_in_the_plain_block(setting, value):
+    *blocks, x = pair()
+    for block in blocks:
+        setattr(block.p4_1, setting, value)
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            block(x)
+    assert f"{setting}={value}" in explain(blocks[1], x).reason
+
+
 def undo_forward(block):
     del block.p4_2.forward
 
@@ -353,6 +363,19 @@ def test_additional_children_and_attributes_do_not_matter():
     torch.testing.assert_close(fast(x), plain(x))
 
 
+def test_a_replica_of_data_parallel_is_no_edit():
+    """Whose layers have plain tensors for parameters."""
+    plain, fast, x = pair()
+    replica = fast._replicate_for_data_parallel()
+    for name, child in fast.named_children():
+        replica._modules[name] = child._replicate_for_data_parallel()
+        for key, p in child.named_parameters():
+            setattr(replica._modules[name], key, p * 1)
+    assert not list(replica.parameters())
+    assert explain(replica, x).name == "aten"
+    torch.testing.assert_close(replica(x), plain(x))
+
+
 def test_explain_says_why_for_every_path():
     _, fast, x = pair()
     assert explain(fast, x) == ("aten", "backend='aten' was asked for")
@@ -382,6 +405,16 @@ def test_a_bias_that_is_none_as_a_plain_attribute():
     x = torch.rand(2, 6, 7, 9)
     torch.testing.assert_close(fast(x), plain(x))
     assert explain(fast, x).reason == "p1_1 has no bias"
+
+
+def test_a_bias_that_is_no_parameter():
+    plain, fast, x = pair()
+    bias = torch.randn(4)
+    for block in (plain, fast):
+        del block.p1_1.bias
+        block.p1_1.bias = bias
+    torch.testing.assert_close(fast(x), plain(x))
+    assert explain(fast, x).name == "aten"
 
 
 def test_from_reference_does_not_go_on_running_the_plain_block():

@@ -38,6 +38,7 @@ def test_standard_operators_compute_few_elements(few, recorded, grad):
             path = explain(block, x)
             assert path.name == ("aten" if own else "plain")
             assert ("few elements" in path.reason) is (not own)
+    assert explain(block, x[:0]).reason == "x is empty"  # few too, but not why
 
 
 def test_few_elements_of_a_slower_dtype_are_widened(few, monkeypatch):

@@ -67,6 +67,9 @@ def test_from_reference_shares_parameters_both_ways():
     optimizer.step()
     torch.testing.assert_close(fast(x), plain(x))
 
+    plain.p2_1 = nn.Conv2d(5, 3, 1)  # the children, too
+    torch.testing.assert_close(fast(x), plain(x))
+
 
 def test_from_reference_keeps_mode_hooks_and_the_backend_asked_for():
     plain, _, x = pair()
@@ -94,7 +97,14 @@ def test_from_reference_takes_a_fast_block_and_a_subclass():
     class Faster(FastInception):
         pass
 
+    class Shifted(FastInception):
+        def forward(self, x, out=None):
+            return super().forward(x, out) + 1
+
     assert Faster.from_reference(FastInception(*SMALL)).__class__ is Faster
+    assert Shifted.from_reference(Shifted(*SMALL)).__class__ is Shifted
+    with pytest.raises(TypeError, match=r"with its own forward, got .*Shifted"):
+        FastInception.from_reference(Shifted(*SMALL))
     assert type(FastInception.from_reference(Named(*SMALL))) is FastInception
 
 
