@@ -53,6 +53,9 @@ BAD = {
     ),
     "array": (lambda: np.zeros((2, 5, 6, 6), np.float32), TypeError, r"x must be a torch\.Tensor, got ndarray"),
     "sparse": (lambda: numbers(2, 5, 6, 6).to_sparse(), TypeError, r"x must be a dense tensor, got torch\.sparse_coo"),
+    "mkldnn": (
+        lambda: numbers(2, 5, 6, 6).to_mkldnn(), TypeError, r"x must be a dense tensor, got torch\._mkldnn",
+    ),
     "None": (lambda: None, TypeError, r"x must be a torch\.Tensor, got NoneType"),
     "list": (lambda: [numbers(5, 6, 6)], TypeError, r"x must be a torch\.Tensor, got list"),
 }  # fmt: skip
@@ -72,7 +75,9 @@ def test_bad_input_names_what_came_and_what_was_expected(backend, kind, grad):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", [k for k in BAD if k not in ("scalar", "no batch", "array", "sparse", "None", "list")])
+@pytest.mark.parametrize(
+    "kind", [k for k in BAD if k not in ("scalar", "no batch", "array", "sparse", "mkldnn", "None", "list")]
+)
 def test_an_empty_batch_hides_no_error(backend, kind):
     build, error, message = BAD[kind]
     message = message.replace(r"\[2, ", r"\[0, ")

@@ -99,6 +99,7 @@ def test_nothing_is_computed_in_the_slower_dtype():
         assert convolved(lambda: fast(x)) == {torch.float32}
         assert convolved(lambda: fast(x, out=buffer)) == {torch.float32}
         with torch.autocast("cpu", torch.bfloat16):
+            assert convolved(lambda: fast(x)) == {torch.float32}
             assert convolved(lambda: fast(x, out=buffer)) == {torch.float32}
     assert convolved(lambda: fast(x).sum().backward()) == {torch.float32}
     assert convolved(autocast_step) == {torch.float32}
