@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn import Parameter
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastinception import custom_op
@@ -158,12 +160,13 @@ def only_dispatched(t: Tensor) -> bool:
 
 
 def watched() -> bool:
-    """Tell whether a dispatch mode, a trace or a transform meets the operators: then the block has to be one."""
+    """Tell whether a mode, a trace or a transform meets the operators: then the block has to be one, or plain ones."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
+        or _passes_modes()
     )
 
 
@@ -240,6 +243,25 @@ def traced() -> bool:
     return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 
+def exporting() -> bool:
+    """Tell whether ``torch.export`` records the moment."""
+    return torch.compiler._is_exporting_flag  # is_exporting() is constantly true to Dynamo, in torch.compile too
+
+
+def followed() -> bool:
+    """Tell whether functions are met with the layers that call them: in a program that is kept, or by a mode.
+
+    By these quantizers and converters find what is theirs. PyTorch's own mode, for a default device, asks for none.
+    """
+    return exporting() or traced() or _passes_modes()
+
+
+def _passes_modes() -> bool:
+    if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() == 0:
+        return False
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+
+
 def symbolic(x: Any) -> bool:
     """Tell whether ``x`` stands for a tensor in ``torch.fx.symbolic_trace``, which nothing may be asked about."""
     return isinstance(x, Proxy)
@@ -260,7 +282,7 @@ def _special(x: Tensor, params: Sequence[Tensor]) -> str | None:
 
 def special_state() -> str | None:
     """Say what about the moment only standard, differentiable operators can serve, or None."""
-    if torch.compiler._is_exporting_flag:  # is_exporting() is constantly true to Dynamo, in torch.compile too
+    if exporting():
         return "an exported program holds standard operators only"
     if traced():
         return "torch.jit.trace keeps standard operators without side effects only"
@@ -270,6 +292,8 @@ def special_state() -> str | None:
         return "forward-mode differentiation is active"
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() and _counted():
         return "FlopCounterMode counts standard operators only"
+    if _passes_modes():
+        return "a TorchFunctionMode is active"
     return None
 
 

@@ -1,4 +1,4 @@
-"""See which of our operators run."""
+"""See which of our operators run, and which of PyTorch's functions are called."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 OWN = "fastinception::"
 
@@ -16,3 +18,16 @@ def operators(run: Callable[[], Any], prefix: str = "") -> set[str]:
         run()
     names = {event.name.removeprefix(OWN) for event in profile.events() if event.name.startswith(OWN)}
     return {name for name in names if name.startswith(prefix)}
+
+
+class Functions(TorchFunctionMode):
+    """Remember the functions that convolve, pool, activate and concatenate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.conv2d, F.relu, F.max_pool2d, torch.cat):
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastinception
 from fastinception import FastInception, GoogLeNet, Inception, explain
+from tests.profiled import Functions
 
 SMALL = (5, 4, (3, 6), (2, 3), 7)
 BACKENDS = ("aten", "triton")
@@ -388,6 +389,35 @@ def test_explain_says_why_for_every_path():
     seen = []
     torch.func.vmap(lambda x: seen.append(explain(fast, x)) or x)(x[None])
     assert seen == [("plain", "a functorch transform (vmap, grad, jvp, ...) is active")]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", ["traced", "exported", "mode"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_who_follows_functions_meets_them_in_their_layers(backend, kind, grad):
+    """By these a quantizer, or a converter, tells a convolution from another."""
+    plain, fast, x = pair(backend)
+    met = []
+    for block in (plain, fast):
+        with torch.set_grad_enabled(grad):
+            if kind == "traced":
+                nodes = torch.jit.trace(block, x).inlined_graph.nodes()
+                met.append([f"{node.kind()} {node.scopeName().split('/')[-1]}" for node in nodes])
+            elif kind == "exported":
+                nodes = torch.export.export(block, (x,)).graph.nodes
+                met.append([f"{node.target} {[*node.meta.get('nn_module_stack', {})]}" for node in nodes])
+            else:
+                block(x)  # what is known of an earlier call says nothing
+                with Functions() as mode:
+                    block(x)
+                met.append(mode.names)
+                with mode:
+                    assert block is plain or explain(fast, x) == ("plain", "a TorchFunctionMode is active")
+    assert met[0] == met[1]
+    assert len(met[0]) >= 14
+    with torch.device("cpu"):  # a mode as well
+        assert explain(fast, x).name == backend
 
 
 def test_explain_refuses_what_has_no_path():
