@@ -47,80 +47,89 @@ class Conv2d(nn.Conv2d):
         self.backend = backends.check("auto")
 
     def forward(self, input: Tensor) -> Tensor:
-        if not isinstance(input, Tensor):  # a torch.fx.Proxy, or an error that is torch's
-            return super().forward(input)
-        if self.serves_first_layer(input):
-            device = input.device.type
-            operands = [input, self.weight, cast(Tensor, self.bias)]
-            if torch.is_autocast_enabled(device):
-                operands = [t.to(torch.get_autocast_dtype(device)) for t in operands]
-            return cast(Tensor, torch.ops.fastinception.first_layer(*operands, self.stride[0]))
-        casts = input.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if casts else input.dtype
-        operands = [input, self.weight] if self.bias is None else [input, self.weight, self.bias]
-        fitting = all(t.dtype is dtype or (casts and t.dtype is torch.float32) for t in operands)
-        if not fitting or torch.compiler._is_exporting_flag:
-            return super().forward(input)
-        if not backends.widened(dtype, input):
-            return super().forward(input) if casts else self._convolve(*operands)
-        with torch.autocast("cpu", enabled=False):  # it would narrow the operands again
-            y = self._convolve(*[t.float() for t in operands])
-        return y.to(dtype)
+        return convolve(self, input, self.backend)
 
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self._has_a_faster_gradient(x, weight, bias):
-            return cast(Tensor, torch.ops.fastinception.conv2d(x, weight, bias))
-        return cast(Tensor, self._conv_forward(x, weight, bias))
 
-    def serves_first_layer(self, x: Tensor) -> bool:
-        """Tell whether Triton convolves x, images of one channel."""
-        if self.in_channels != 1 or self.backend == "aten" or (self.backend == "auto" and x.device.type != "cuda"):
-            return False  # first: all others pay for no more
-        device, weight, bias = x.device, self.weight, self.bias
-        casts = device.type != "meta" and torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if casts else x.dtype
-        return (
-            bias is not None
-            and backends.special_state() is None
-            and self._is_padded_by_half(x, weight, bias)
-            and self.stride[0] == self.stride[1]
-            and max(self.kernel_size) <= 7
-            and weight.shape == (self.out_channels, 1, *self.kernel_size)
-            and bias.shape == weight.shape[:1]
-            and x.shape[1] == 1
-            and all(t.dtype is dtype or (casts and t.dtype is torch.float32) for t in (x, weight, bias))
-            and device == weight.device == bias.device
-            and target.unsupported(device, dtype) is None
-            and target.without_products(device) is None
-            and backends.are_countable(x)
-            and result_format(x, weight) is torch.channels_last
-        )
+def convolve(conv: nn.Conv2d, input: Tensor, backend: str) -> Tensor:
+    """Return what the forward of :class:`Conv2d` does of a convolution, which may be ``torch.nn.Conv2d``'s."""
+    if not isinstance(input, Tensor):  # a torch.fx.Proxy, or an error that is torch's
+        return nn.Conv2d.forward(conv, input)
+    if serves_first_layer(conv, input, backend):
+        device = input.device.type
+        operands = [input, conv.weight, cast(Tensor, conv.bias)]
+        if torch.is_autocast_enabled(device):
+            operands = [t.to(torch.get_autocast_dtype(device)) for t in operands]
+        return cast(Tensor, torch.ops.fastinception.first_layer(*operands, conv.stride[0]))
+    casts = input.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if casts else input.dtype
+    operands = [input, conv.weight] if conv.bias is None else [input, conv.weight, conv.bias]
+    fitting = all(t.dtype is dtype or (casts and t.dtype is torch.float32) for t in operands)
+    if not fitting or backends.exporting():
+        return nn.Conv2d.forward(conv, input)
+    if not backends.widened(dtype, input):
+        return nn.Conv2d.forward(conv, input) if casts else _convolve(conv, *operands)
+    with torch.autocast("cpu", enabled=False):  # it would narrow the operands again
+        y = _convolve(conv, *[t.float() for t in operands])
+    return y.to(dtype)
 
-    def _is_padded_by_half(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-        """Tell whether this convolves plain tensors as its class does, by a kernel of odd sizes around each pixel."""
-        return (
-            type(self) is Conv2d  # another class may convolve by its own _conv_forward, and so may one module
-            and "_conv_forward" not in backends.attributes()(self)
-            and all(type(t) in backends.PLAIN for t in (x, weight, bias) if t is not None)
-            and x.dim() == weight.dim() == 4
-            and weight.shape[2] % 2 == weight.shape[3] % 2 == 1
-            and self.padding == (weight.shape[2] // 2, weight.shape[3] // 2)
-            and self.padding_mode == "zeros"
-            and self.dilation == (1, 1)
-            and self.groups == 1
-        )
 
-    def _has_a_faster_gradient(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-        return (
-            conv_backward.COLUMNS_PAY
-            and backends.special_state() is None  # first: a trace would keep, and compare, what is asked of shapes
-            and torch.is_grad_enabled()
-            and weight.requires_grad
-            and self._is_padded_by_half(x, weight, bias)
-            and self.stride == (1, 1)
-            and custom_op.memory_format(x) is torch.channels_last
-            and conv_backward.by_columns(x, weight)
-        )
+def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if _has_a_faster_gradient(conv, x, weight, bias):
+        return cast(Tensor, torch.ops.fastinception.conv2d(x, weight, bias))
+    return cast(Tensor, conv._conv_forward(x, weight, bias))
+
+
+def serves_first_layer(conv: nn.Conv2d, x: Tensor, backend: str) -> bool:
+    """Tell whether Triton convolves x, images of one channel."""
+    if conv.in_channels != 1 or backend == "aten" or (backend == "auto" and x.device.type != "cuda"):
+        return False  # first: all others pay for no more
+    device, weight, bias = x.device, conv.weight, conv.bias
+    casts = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if casts else x.dtype
+    return (
+        bias is not None
+        and backends.special_state() is None
+        and _is_padded_by_half(conv, x, weight, bias)
+        and conv.stride[0] == conv.stride[1]
+        and max(conv.kernel_size) <= 7
+        and weight.shape == (conv.out_channels, 1, *conv.kernel_size)
+        and bias.shape == weight.shape[:1]
+        and x.shape[1] == 1
+        and all(t.dtype is dtype or (casts and t.dtype is torch.float32) for t in (x, weight, bias))
+        and device == weight.device == bias.device
+        and target.unsupported(device, dtype) is None
+        and target.without_products(device) is None
+        and backends.are_countable(x)
+        and result_format(x, weight) is torch.channels_last
+    )
+
+
+def _is_padded_by_half(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Tell whether this convolves plain tensors as its class does, by a kernel of odd sizes around each pixel."""
+    return (
+        type(conv) in (Conv2d, nn.Conv2d)  # others may convolve by their own _conv_forward, and so may one module
+        and "_conv_forward" not in backends.attributes()(conv)
+        and all(type(t) in backends.PLAIN for t in (x, weight, bias) if t is not None)
+        and x.dim() == weight.dim() == 4
+        and weight.shape[2] % 2 == weight.shape[3] % 2 == 1
+        and conv.padding == (weight.shape[2] // 2, weight.shape[3] // 2)
+        and conv.padding_mode == "zeros"
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+    )
+
+
+def _has_a_faster_gradient(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        conv_backward.COLUMNS_PAY
+        and backends.special_state() is None  # first: a trace would keep, and compare, what is asked of shapes
+        and torch.is_grad_enabled()
+        and weight.requires_grad
+        and _is_padded_by_half(conv, x, weight, bias)
+        and conv.stride == (1, 1)
+        and custom_op.memory_format(x) is torch.channels_last
+        and conv_backward.by_columns(x, weight)
+    )
 
 
 def _same(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

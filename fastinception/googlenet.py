@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastinception.conv import Conv2d
 from fastinception.module import FastInception
-from fastinception.pool import MaxPool2d
 from fastinception.reference import Inception, width
 from fastinception.stem import Stage
 
@@ -47,11 +45,8 @@ class GoogLeNet(nn.Sequential):
     textbook's ``nn.Sequential(b1, b2, b3, b4, b5, nn.Linear(1024, 10))`` and loads with ``strict=True`` both ways.
     No dropout, no auxiliary heads, no batch normalisation.
 
-    Around ``FastInception`` the stem's ReLUs come after the max pools: the same numbers and gradients, as a maximum and
-    a ReLU commute, from a quarter of the elements; not every activation put in their place would. Its pools and
-    convolutions are :class:`fastinception.MaxPool2d` and :class:`fastinception.Conv2d`. On a CPU a large batch passes
-    each of the stem's pools in parts; by Triton, in eager inference, bias, pool and ReLU are one launch. All have the
-    first block's backend.
+    Around ``FastInception`` the layers are the same, and the stages that end in a pool run them by faster ways
+    (:class:`fastinception.stem.Stage`), with the first block's backend.
 
     Args:
         block: called as ``block(in_channels, c1, c2, c3, c4)`` for each of the nine blocks: ``Inception``
@@ -95,35 +90,31 @@ class GoogLeNet(nn.Sequential):
         in_channels, num_classes = width("in_channels", in_channels), width("num_classes", num_classes)
         if isinstance(block, nn.Module) or not callable(block):
             raise TypeError(f"block must be a class such as FastInception, or a function, got {block!r}")
-        third = stage("3a", "3b")
-        fast = isinstance(third[0], FastInception)
-        conv = Conv2d if fast else nn.Conv2d
-        pool = partial(MaxPool2d if fast else nn.MaxPool2d, kernel_size=3, stride=2, padding=1)
+
+        def pool() -> nn.Module:
+            return nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
 
         def relu() -> nn.Module:
             return nn.ReLU()  # not in place: a hook may keep, or watch, what a layer in front of it returns
 
-        def relu_pool() -> list[nn.Module]:
-            return [pool(), relu()] if fast else [relu(), pool()]
-
-        stem_stage = Stage if fast else nn.Sequential
+        third = stage("3a", "3b")
+        sequential: Callable[..., nn.Module] = nn.Sequential
+        if isinstance(third[0], FastInception):
+            sequential = partial(Stage, backend=third[0].backend)
         super().__init__(
-            stem_stage(conv(in_channels, 64, kernel_size=7, stride=2, padding=3), *relu_pool()),
-            stem_stage(
-                conv(64, 64, kernel_size=1),
+            sequential(nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3), relu(), pool()),
+            sequential(
+                nn.Conv2d(64, 64, kernel_size=1),
                 relu(),
-                conv(64, 192, kernel_size=3, padding=1),
-                *relu_pool(),
+                nn.Conv2d(64, 192, kernel_size=3, padding=1),
+                relu(),
+                pool(),
             ),
-            nn.Sequential(*third, pool()),
-            nn.Sequential(*stage("4a", "4b", "4c", "4d", "4e"), pool()),
+            sequential(*third, pool()),
+            sequential(*stage("4a", "4b", "4c", "4d", "4e"), pool()),
             nn.Sequential(*stage("5a", "5b"), nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten()),
             nn.Linear(1024, num_classes),
         )
-        if isinstance(third[0], FastInception):
-            for layer in self.modules():
-                if isinstance(layer, (Conv2d, MaxPool2d)):
-                    layer.backend = third[0].backend
 
     def __getitem__(self, idx: int | slice) -> Any:
         # nn.Sequential builds a slice by calling its own class, and a part of the network is not a GoogLeNet.

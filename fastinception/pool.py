@@ -39,27 +39,32 @@ class MaxPool2d(nn.MaxPool2d):
         self.backend = backends.check("auto")
 
     def forward(self, input: Tensor) -> Tensor:
-        if (
-            torch.compiler.is_compiling()
-            and not torch.compiler._is_exporting_flag
-            and not torch._C._are_functorch_transforms_active()
-            and torch.is_grad_enabled()
-            and input.requires_grad
-            and input.device.type == "cpu"
-            and input.dim() == 4
-            and not self.return_indices
-        ):
-            settings = self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
-            pooled, _ = torch.ops.fastinception.max_pool2d(input, *settings)
-            return cast(Tensor, pooled)
-        if (
-            isinstance(input, Tensor)
-            and backends.by_triton(self.backend, input)
-            and is_around_every_second(self)
-            and is_launchable(input)
-        ):
-            return launch(input)
-        return cast(Tensor, super().forward(input))
+        return max_pool(self, self.backend, input)
+
+
+def max_pool(pool: nn.MaxPool2d, backend: str, input: Tensor) -> Tensor:
+    """Return what the forward of :class:`MaxPool2d` does of a pool, which may be ``torch.nn.MaxPool2d``'s."""
+    if (
+        torch.compiler.is_compiling()
+        and not backends.exporting()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.is_grad_enabled()
+        and input.requires_grad
+        and input.device.type == "cpu"
+        and input.dim() == 4
+        and not pool.return_indices
+    ):
+        settings = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+        pooled, _ = torch.ops.fastinception.max_pool2d(input, *settings)
+        return cast(Tensor, pooled)
+    if (
+        isinstance(input, Tensor)
+        and backends.by_triton(backend, input)
+        and is_around_every_second(pool)
+        and is_launchable(input)
+    ):
+        return launch(input)
+    return cast(Tensor, nn.MaxPool2d.forward(pool, input))
 
 
 def is_around_every_second(pool: nn.MaxPool2d) -> bool:

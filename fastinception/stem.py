@@ -1,7 +1,8 @@
-"""Run the stages in front of the blocks: on a CPU a large batch in parts, on a GPU in few launches."""
+"""Run the textbook's stages around the blocks: on a CPU a large batch in parts, on a GPU in few launches."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastinception import backends, custom_op, first_layer
-from fastinception.conv import Conv2d, result_format
+from fastinception.conv import convolve, result_format, serves_first_layer
 from fastinception.conv_backward import conv_backward, library, padding, templates
 from fastinception.module import hooked_globally, wrapped
-from fastinception.pool import MaxPool2d, is_around_every_second, is_launchable, launch
+from fastinception.pool import is_around_every_second, is_launchable, launch, max_pool
 
 # Bytes. glibc's malloc reuses what is smaller than its largest mmap threshold (DEFAULT_MMAP_THRESHOLD_MAX, 32 MiB),
 # header and alignment included. Larger pieces come fresh from the system: at batch 64 and 96 pixels the first
@@ -36,40 +37,79 @@ _POOL = 3, 2, 1  # kernel size, stride, padding
 
 
 class Stage(nn.Sequential):
-    """Run layers of which the last three are Conv2d, MaxPool2d and ReLU.
+    """Run layers of torch.nn, the last of them a MaxPool2d, each as it does or by a faster way: the same numbers.
 
-    On a CPU these in parts of a large batch: a part's convolution is pooled, and in the backward its gradient consumed,
-    while the cache holds it, and malloc reuses its memory; it is not kept for the backward. The same numbers: no image
-    sees another.
+    Convolutions and the pool compute as :class:`fastinception.Conv2d` and :class:`fastinception.MaxPool2d` do. A ReLU
+    between a convolution and the pool of 3x3 around every second pixel comes behind the pool, as a maximum and a ReLU
+    commute: of a quarter of the elements.
+
+    On a CPU these three in parts of a large batch: a part's convolution is pooled, and in the backward its gradient
+    consumed, while the cache holds it, and malloc reuses its memory; it is not kept for the backward. The same numbers:
+    no image sees another.
 
     Inference that is compiled for one size has as few parts as malloc needs, of the layers themselves: Inductor fuses
     what follows a convolution, and its pool keeps no indices.
 
-    On a GPU, where the pool's ``backend`` lets Triton run, in eager inference in channels_last, the library's
-    convolution gets its bias, pool and ReLU in one launch: PyTorch passes over it for the bias, and its pool writes an
-    int64 index for each maximum.
+    On a GPU, where ``backend`` lets Triton run, in eager inference in channels_last, the library's convolution gets its
+    bias, pool and ReLU in one launch: PyTorch passes over it for the bias, and its pool writes an int64 index for each
+    maximum.
+
+    Where one of these layers is hooked, patched or of another class, in a program that is traced or exported, and under
+    transforms and modes, it is the ``nn.Sequential`` that it looks like. A slice is one always.
+
+    Args:
+        layers: as for ``nn.Sequential``.
+        backend: as for :class:`fastinception.FastInception`, of the pools' and convolutions' launches.
     """
 
     __prepare_scriptable__ = backends.refuse_script
 
+    def __init__(self, *layers: nn.Module, backend: str = "auto") -> None:
+        super().__init__(*layers)
+        self.backend = backend
+
+    def __getitem__(self, idx: int | slice) -> Any:
+        if isinstance(idx, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))
+        return super().__getitem__(idx)
+
     def forward(self, input: Tensor) -> Tensor:
-        layers = list(self)
-        if [type(layer) for layer in layers[-3:]] != [Conv2d, MaxPool2d, nn.ReLU]:
+        layers: list[Any] = list(self)
+        if not isinstance(input, Tensor) or input.is_nested or not _is_unwatched(layers):
             run: Callable[[Tensor], Tensor] = super().forward
             return run(input)
-        backend = cast(MaxPool2d, layers[-2]).backend
-        if isinstance(input, Tensor) and (input.device.type == "cuda" or backend == "triton"):
-            return _in_few_launches(backend, input, layers)
-        for layer in layers[:-3]:
-            input = layer(input)
-        conv, pool, relu = cast(tuple[Conv2d, MaxPool2d, nn.ReLU], layers[-3:])
-        on_cpu = isinstance(input, Tensor) and input.device.type == "cpu"  # first: a GPU's call pays for no more
-        if on_cpu and _is_served(input, conv, pool, relu):
-            return _in_parts(input, conv, pool, relu)
-        return cast(Tensor, relu(pool(conv(input))))
+        *front, pool = layers
+        if [*map(type, front[-2:])] != [nn.Conv2d, nn.ReLU] or not is_around_every_second(pool):
+            return max_pool(pool, self.backend, _run(front, input, self.backend))
+        *front, conv, relu = front
+        if input.device.type == "cuda" or self.backend == "triton":
+            return _in_few_launches(self.backend, input, front, conv, relu, pool)
+        input = _run(front, input, self.backend)
+        if input.device.type == "cpu" and _is_served(input, conv):  # first: a GPU's call pays for no more
+            return _in_parts(input, conv, relu, pool)
+        return _pooled(self.backend, input, conv, relu, pool)
 
 
-def _in_parts(x: Tensor, conv: Conv2d, pool: MaxPool2d, relu: nn.ReLU) -> Tensor:
+def _is_unwatched(layers: Sequence[nn.Module]) -> bool:
+    """Tell whether a pool is the last of the layers, and nobody may want what goes into torch.nn's, or comes out."""
+    if not layers or type(layers[-1]) is not nn.MaxPool2d or backends.special_state() is not None:
+        return False
+    attributes = backends.attributes()
+    watched = (wrapped(attributes(layer)) for layer in layers if type(layer) in (nn.Conv2d, nn.ReLU, nn.MaxPool2d))
+    return not any(watched) and not hooked_globally()
+
+
+def _run(layers: Sequence[Any], x: Tensor, backend: str) -> Tensor:
+    for layer in layers:
+        x = convolve(layer, x, backend) if type(layer) is nn.Conv2d else layer(x)
+    return x
+
+
+def _pooled(backend: str, x: Tensor, conv: nn.Conv2d, relu: nn.ReLU, pool: nn.MaxPool2d) -> Tensor:
+    return cast(Tensor, relu(max_pool(pool, backend, convolve(conv, x, backend))))
+
+
+def _in_parts(x: Tensor, conv: nn.Conv2d, relu: nn.ReLU, pool: nn.MaxPool2d) -> Tensor:
     """Return what the three layers do, in parts where these are faster: of a large batch, and in the blocked layout."""
     dtype, operands = _result_dtype(x), (x, conv.weight, cast(Tensor, conv.bias))
     exact = torch.float32 if backends.widened(dtype, x) else dtype
@@ -77,10 +117,10 @@ def _in_parts(x: Tensor, conv: Conv2d, pool: MaxPool2d, relu: nn.ReLU) -> Tensor
     blocked = BLOCKED_PAYS and not saves and exact is torch.float32 and x.shape[1] <= _FEW_CHANNELS
     image = _image_bytes(x, conv.weight, conv.stride[0], exact)
     if not backends.holds(x.shape[0] * image > (0 if blocked else _KEPT)):
-        return cast(Tensor, relu(pool(conv(x))))
+        return _pooled("aten", x, conv, relu, pool)
     if not saves and not blocked and _is_compiled_for_one_size(x) and x.shape[0] * image <= _MOST_PARTS * _KEPT:
         parts = x.split(_evenly(x.shape[0], max(1, _KEPT // image)))
-        return torch.cat([relu(pool(conv(part))) for part in parts])
+        return torch.cat([_pooled("aten", part, conv, relu, pool) for part in parts])
     # By name: a compiled graph does not keep the strides by which one channel tells its format.
     format = result_format(x, conv.weight)
     wide = [t.to(exact) for t in operands]
@@ -88,25 +128,26 @@ def _in_parts(x: Tensor, conv: Conv2d, pool: MaxPool2d, relu: nn.ReLU) -> Tensor
     return cast(Tensor, y.to(dtype))
 
 
-def _in_few_launches(backend: str, x: Tensor, layers: list[Any]) -> Tensor:
-    *front, conv, pool, relu = layers
-    if [*map(type, front)] == [Conv2d, nn.ReLU] and _is_launched(backend, x, *front) and _is_dense(x, front[0]):
+def _in_few_launches(
+    backend: str, x: Tensor, front: list[Any], conv: nn.Conv2d, relu: nn.ReLU, pool: nn.MaxPool2d
+) -> Tensor:
+    if [*map(type, front)] == [nn.Conv2d, nn.ReLU] and _is_launched(backend, x, front[0]) and _is_dense(x, front[0]):
         x = _conv_relu(x, front[0])
     else:
-        for layer in front:
-            x = layer(x)
-    if not (_is_launched(backend, x, conv, pool, relu) and is_around_every_second(pool)):
-        return cast(Tensor, relu(pool(conv(x))))
-    if conv.serves_first_layer(x):
-        return launch(first_layer.launch(x, conv.weight, conv.bias, conv.stride[0], relu=True))
+        x = _run(front, x, backend)
+    if not _is_launched(backend, x, conv):
+        return _pooled(backend, x, conv, relu, pool)
+    bias = cast(Tensor, conv.bias)
+    if serves_first_layer(conv, x, backend):
+        return launch(first_layer.launch(x, conv.weight, bias, conv.stride[0], relu=True))
     y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
     # Images of one channel have both formats, and what their convolution has is the library's choice.
     if is_launchable(y) and backends.are_countable(y):
-        return launch(y, conv.bias)
-    return cast(Tensor, relu(pool(y.add_(conv.bias.view(-1, 1, 1)))))
+        return launch(y, bias)
+    return cast(Tensor, relu(pool(y.add_(bias.view(-1, 1, 1)))))
 
 
-def _conv_relu(x: Tensor, conv: Conv2d) -> Tensor:
+def _conv_relu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     from fastinception.kernels.spatial import Conv, spatial
 
     shape = x.shape[0], conv.out_channels, *x.shape[2:]
@@ -115,29 +156,23 @@ def _conv_relu(x: Tensor, conv: Conv2d) -> Tensor:
     return out
 
 
-def _is_dense(x: Tensor, conv: Conv2d) -> bool:
+def _is_dense(x: Tensor, conv: nn.Conv2d) -> bool:
     settings = conv.kernel_size, conv.stride, conv.padding
     return settings == ((1, 1), (1, 1), (0, 0)) and conv.weight.is_contiguous() and is_launchable(x)
 
 
-def _is_launched(backend: str, x: Tensor, conv: Conv2d, *others: nn.Module) -> bool:
-    """Tell whether Triton may compute a part of what a convolution and ``others`` do."""
+def _is_launched(backend: str, x: Tensor, conv: nn.Conv2d) -> bool:
+    """Tell whether Triton may compute a part of what a convolution and the layers behind it do."""
     return (
         conv.bias is not None
         and backends.by_triton(backend, x, conv.weight, conv.bias)
         and x.is_contiguous(memory_format=torch.channels_last)
         and conv.bias.is_contiguous()
-        and not _is_watched(conv, *others)
         and _is_simple(x, conv)
     )
 
 
-def _is_watched(*layers: nn.Module) -> bool:
-    """Tell whether a hook may want what goes into one of the layers, or comes out of it."""
-    return any(map(wrapped, map(backends.attributes(), layers))) or hooked_globally()
-
-
-def _is_simple(x: Tensor, conv: Conv2d) -> bool:
+def _is_simple(x: Tensor, conv: nn.Conv2d) -> bool:
     """Tell whether a convolution of ``[N, C, H, W]`` has the weight of its settings, and zeros around the image."""
     shape = conv.out_channels, x.shape[1], *conv.kernel_size
     settings = conv.dilation, conv.groups, conv.padding_mode
@@ -148,11 +183,9 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def _is_served(x: Tensor, conv: Conv2d, pool: MaxPool2d, relu: nn.ReLU) -> bool:
-    """Tell whether the operator below computes what the three layers do."""
-    if backends.special_state() is not None:  # first: a trace would keep, and compare, what is asked of shapes
-        return False
-    if _is_small(x, conv) or _is_watched(conv, pool, relu) or conv.bias is None:
+def _is_served(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Tell whether the operator below computes what the convolution and the layers behind it do."""
+    if _is_small(x, conv) or conv.bias is None:
         return False
     operands = x, conv.weight, conv.bias
     if not {*map(type, operands)} <= backends.PLAIN or any(t.device.type != "cpu" for t in operands):
@@ -167,11 +200,10 @@ def _is_served(x: Tensor, conv: Conv2d, pool: MaxPool2d, relu: nn.ReLU) -> bool:
         and kernel_h % 2 == kernel_w % 2 == 1
         and conv.stride in ((1, 1), (2, 2))
         and conv.padding == (kernel_h // 2, kernel_w // 2)
-        and is_around_every_second(pool)
     )
 
 
-def _is_small(x: Tensor, conv: Conv2d) -> bool:
+def _is_small(x: Tensor, conv: nn.Conv2d) -> bool:
     """Tell at once that an eager call is too small for parts: to ask all takes a tenth of one image's time."""
     if BLOCKED_PAYS or torch.compiler.is_compiling() or x.dim() != 4:
         return False

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 
-from fastinception import Conv2d, FastInception, Inception, MaxPool2d, aten, conv_backward, stem
+from fastinception import Conv2d, FastInception, Inception, aten, conv_backward, stem
 from fastinception.kernels import block as launches
 from fastinception.kernels import configs
 
@@ -174,9 +174,10 @@ def test_only_what_a_backward_leads_to_is_computed_around_the_blocks(monkeypatch
     watch(conv_backward)
     watch(stem)
     x = torch.randn(16, 16, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
-    convolution = Conv2d(16, 16, 3, padding=1)
-    stage = stem.Stage(convolution, MaxPool2d(3, 2, 1), nn.ReLU())
-    for run in (convolution, stage):
+    convolution = nn.Conv2d(16, 16, 3, padding=1)
+    own = Conv2d(16, 16, 3, padding=1)
+    own.weight, own.bias = convolution.weight, convolution.bias
+    for run in (own, stem.Stage(convolution, nn.ReLU(), nn.MaxPool2d(3, 2, 1))):
         torch.autograd.grad(run(x).sum(), x)
         torch.autograd.grad(run(x).sum(), convolution.weight)
         run(x).sum().backward(inputs=[convolution.bias])
