@@ -200,6 +200,8 @@ def check_images(x: Tensor) -> None:
     """Raise the TypeError or ValueError that says why ``x`` is no batch of images, if it is none."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested:  # which has no shape to ask for
+        raise TypeError("x must be a dense tensor, got a nested one")
     if x.dim() != 4:
         raise ValueError(f"x must be [N, C, H, W], got {x.dim()} dimensions: {list(x.shape)}")
     if not (x.is_floating_point() or x.is_quantized):  # a quantized one goes through the modules that replaced a child

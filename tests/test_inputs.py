@@ -56,12 +56,17 @@ BAD = {
     "mkldnn": (
         lambda: numbers(2, 5, 6, 6).to_mkldnn(), TypeError, r"x must be a dense tensor, got torch\._mkldnn",
     ),
+    "nested": (
+        lambda: torch._nested_tensor_from_tensor_list([numbers(5, 6, 6), numbers(5, 4, 6)]), TypeError,
+        r"x must be a dense tensor, got a nested one",
+    ),
     "None": (lambda: None, TypeError, r"x must be a torch\.Tensor, got NoneType"),
     "list": (lambda: [numbers(5, 6, 6)], TypeError, r"x must be a torch\.Tensor, got list"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("grad", [False, True])
 def test_bad_input_names_what_came_and_what_was_expected(backend, kind, grad):
@@ -76,7 +81,7 @@ def test_bad_input_names_what_came_and_what_was_expected(backend, kind, grad):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "kind", [k for k in BAD if k not in ("scalar", "no batch", "array", "sparse", "mkldnn", "None", "list")]
+    "kind", [k for k in BAD if k not in ("scalar", "no batch", "array", "sparse", "mkldnn", "nested", "None", "list")]
 )
 def test_an_empty_batch_hides_no_error(backend, kind):
     build, error, message = BAD[kind]
