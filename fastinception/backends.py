@@ -291,7 +291,7 @@ def special_state() -> str | None:
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() and _counted():
-        return "FlopCounterMode counts standard operators only"
+        return "what counts FLOPs knows standard operators only"
     if _passes_modes():
         return "a TorchFunctionMode is active"
     return None
@@ -316,5 +316,5 @@ def refuse_script(module: nn.Module) -> NoReturn:
 
 
 def _counted() -> bool:
-    """Tell whether a ``FlopCounterMode`` is active; its module, which imports Triton, need not be."""
-    return any(type(mode).__name__ == "_FlopCounterMode" for mode in _get_current_dispatch_mode_stack())
+    """Tell whether a mode counts FLOPs: PyTorch's, whose module imports Triton and need not be there, or another's."""
+    return any("Flop" in type(mode).__name__ for mode in _get_current_dispatch_mode_stack())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastinception import FastInception, Inception, explain
@@ -260,3 +261,31 @@ def test_flops_are_counted_as_the_plain_blocks(pair):
         counts.append((forward.get_total_flops(), step.get_total_flops()))
     assert counts[0] == counts[1]
     assert counts[0][1] > counts[0][0] > 0
+
+
+class FlopsOfOthers(TorchDispatchMode):
+    """Count as a library with a mode of its own does: by the operators that it knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolved = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default:
+            self.convolved.append((out.shape, args[1].shape))
+        return out
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_another_counter_counts_as_in_the_plain_block(pair, grad):
+    plain, fast, x = pair
+    counts = []
+    for block in (plain, fast):
+        with torch.set_grad_enabled(grad):
+            block(x)
+            with FlopsOfOthers() as counter:
+                block(x)
+        counts.append(counter.convolved)
+    assert counts[0] == counts[1]
+    assert len(counts[0]) == 6
