@@ -123,7 +123,7 @@ def _compute(way: _Way, x: Tensor, params: Sequence[Tensor]) -> Tensor:
         return y
     if way.path == "triton" and not way.needs_grad:
         return cast(Tensor, torch.ops.fastinception.triton_inference(x, *params, way.relu))
-    if way.path == "aten" and not backends.watched() and not any(map(Tensor.is_neg, (x, *params))):
+    if way.path == "aten" and not backends.watched():
         return cast(Tensor, _Inception.apply("aten", {}, x, *params))
     out, *_ = getattr(torch.ops.fastinception, f"{way.path}_forward")(x, *params)
     return cast(Tensor, out)

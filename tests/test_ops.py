@@ -672,7 +672,13 @@ def test_lazily_negated_tensors(backend):
     assert negated.is_neg()
     weights = [torch._neg_view(p) if i == 4 else p for i, p in enumerate(params)]
     assert_same([fast(backend)(negated, *weights)], [plain(-x, *[-p if i == 4 else p for i, p in enumerate(params)])])
+
+    def negating(f: Callable[..., Tensor], place: int) -> Callable[..., Tensor]:
+        return lambda *tensors: f(*(torch._neg_view(t) if i == place else t for i, t in enumerate(tensors)))
+
     tensors = block()
+    for place in (0, 3):
+        assert_same(gradients(negating(fast(backend), place), tensors), gradients(negating(plain, place), tensors))
     y, expected = fast(backend)(*tensors), plain(*tensors)
     upstream = torch._neg_view(randn_like(y))
     assert_same(torch.autograd.grad(y, tensors, upstream), torch.autograd.grad(expected, tensors, upstream))
