@@ -78,10 +78,28 @@ def test_the_columns_gradients_are_exact(n, kernel, height, width, chain, monkey
     assert max(pixels) <= chain
 
 
+@pytest.mark.parametrize("n", [14, 32, 40])
+def test_no_product_of_a_1x1_weights_gradient_sums_more_than_a_chain(n, monkeypatch):
+    """In float32, where each step rounds; of 2016, 4608 and 5760 pixels."""
+    grad, x, weight = operands(n, 16, 17, (1, 1), 12, 12)
+    exact, chains = library(grad.double(), x.double(), weight.double())[1], []
+
+    def watch(owner, name: str, place: int) -> None:
+        product = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: chains.append(args[place].shape[-1]) or product(*args))
+
+    for owner, name, place in ((torch, "mm", 0), (torch, "bmm", 0), (Tensor, "addmm_", 1)):
+        watch(owner, name, place)
+    _, found, _ = gradients.conv_backward(grad, x, weight, (False, True, False))
+    assert torch.equal(found.double(), exact)
+    assert max(chains, default=0) <= 2048
+    assert n == 14 or sum(chains) > 0
+
+
 def test_a_gradient_from_elsewhere_is_added():
-    for kernel in ((1, 1), (3, 3)):
+    for kernel, format in itertools.product(((1, 1), (3, 3)), (CL, torch.contiguous_format)):
         grad, x, weight = operands(4, 5, 7, kernel, 9, 8)
-        into = integers(*x.shape).contiguous(memory_format=CL)
+        into = integers(*x.shape).contiguous(memory_format=format)
         expected = into + library(grad, x, weight)[0]
         found, _, _ = gradients.conv_backward(grad, x, weight, (True, True, True), into)
         assert torch.equal(found, expected)
@@ -338,6 +356,10 @@ def test_transforms(kernel, passing):
         first = torch.autograd.grad(y.square().sum(), [x, *conv.parameters()], create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), [x, *conv.parameters()])
 
+    def of_the_weight_alone(conv: nn.Module) -> tuple[Tensor, ...]:
+        (first,) = torch.autograd.grad(conv(x.detach()).square().sum(), conv.weight, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), conv.parameters())
+
     def watched(conv: nn.Module) -> tuple[Tensor, ...]:
         with passing():
             return second(conv)
@@ -361,7 +383,7 @@ def test_transforms(kernel, passing):
     def jacobian(conv: nn.Module) -> Tensor:
         return torch.func.vmap(torch.func.grad(lambda x: conv(x).square().sum()))(x[:, None])
 
-    for transform in (second, watched, batched, forward, forward_over_backward, jacobian):
+    for transform in (second, of_the_weight_alone, watched, batched, forward, forward_over_backward, jacobian):
         found, expected = transform(conv), transform(theirs)
         for own, correct in zip(found, expected, strict=True):
             assert correct is not None
