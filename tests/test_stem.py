@@ -337,6 +337,11 @@ def test_transforms(which, passing, monkeypatch):
         first = torch.autograd.grad(run(x).square().sum(), wanted, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
 
+    def of_the_weight_alone(run) -> tuple[Tensor, ...]:
+        weight = wanted[-2]
+        (first,) = torch.autograd.grad(run(x.detach()).square().sum(), weight, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [weight])
+
     def watched(run) -> tuple[Tensor, ...]:
         with passing():
             return second(run)
@@ -356,7 +361,7 @@ def test_transforms(which, passing, monkeypatch):
         return torch.func.vmap(torch.func.grad(lambda x: run(x).square().sum()))(x[:, None])
 
     assert len(operators(lambda: second(own))) == 2
-    for transform in (second, watched, forward, forward_over_backward, jacobian):
+    for transform in (second, of_the_weight_alone, watched, forward, forward_over_backward, jacobian):
         for found, expected in zip(transform(own), transform(layers(own)), strict=True):
             assert expected is not None
             torch.testing.assert_close(found, expected)
