@@ -228,8 +228,8 @@ def choose(kernel: str, rows: int, reduction: int, columns: int, dtype: torch.dt
             return math.prod(max(a / b, b / a) for a, b in zip((rows, reduction, columns), own, strict=True))
 
         # Tiles for far more rows would leave processors idle, which the default minds.
-        own = [entry for entry in entries if (entry.kernel, entry.dtype) == (kernel, dtype)]
-        near = [entry for entry in own if entry.rows <= FEWER * rows and distance(entry) <= NEAR]
+        alike = [entry for entry in entries if (entry.kernel, entry.dtype) == (kernel, dtype)]
+        near = [entry for entry in alike if entry.rows <= FEWER * rows and distance(entry) <= NEAR]
         if near:
             chosen = min(near, key=distance).tiles
         else:
@@ -240,20 +240,20 @@ def choose(kernel: str, rows: int, reduction: int, columns: int, dtype: torch.dt
 def default(kernel: str, rows: int, columns: int, dtype: torch.dtype, gpu: Gpu) -> Tiles:
     """Return the tiles of a launch that no table knows; arguments as of :func:`choose`.
 
-    Where few tiles leave processors idle they get smaller, while all of them still run at once: the launch ends when
-    one of them does.
+    The smallest of which all run at once, as the launch ends when one of them does; else the usual ones.
     """
-    chosen = DEFAULTS[kernel](dtype, gpu.chip)
-    if kernel != "weight_gradient":  # that divides its pixels among all
-        for smaller in _smaller(chosen):
-            if cdiv(rows, smaller.block_m) * cdiv(columns, narrow(smaller.block_n, columns)) <= gpu.processors:
-                chosen = smaller
-    return chosen
+    usual = DEFAULTS[kernel](dtype, gpu.chip)
+    if kernel != "weight_gradient":  # that divides its pixels among all processors
+        for tiles in _smaller(usual):
+            if cdiv(rows, tiles.block_m) * cdiv(columns, narrow(tiles.block_n, columns)) <= gpu.processors:
+                return tiles
+    return usual
 
 
 def _smaller(large: Tiles) -> Iterator[Tiles]:
+    """Yield tiles of less work, the smallest first."""
     # Hopper's tensor cores take 64 pixels at least; with fewer channels, the instructions beside them bound the loop.
-    for block_m, block_n in ((64, 128), (64, 64)):
+    for block_m, block_n in ((64, 64), (64, 128)):
         # As many bytes on their way beside the step in use, to hide latency. The pool, unpipelined, gets fewer pixels
         # and no shorter steps: each waits for its loads.
         stages = 1 + (large.num_stages - 1) * (large.block_m + large.block_n) // (block_m + block_n)

@@ -66,8 +66,9 @@ def _gemm_tile(
     for i in tl.static_range(1, len(b_ptrs)):
         b_columns = tl.where(offs_n < start, b_columns, choosable(b_ptrs[i], offs_n - start, AMD))
         start += number(widths[i], DIVISOR)
-    # Else each thread chooses and loads the biases of all its columns, a fifth of the tile's instructions. The compiler
-    # leaves loads of as many elements as eight warps have threads where they are: hence rows that load nothing.
+    # A small load the compiler repeats in the layout of the sums, where each thread would choose and load the biases of
+    # all its columns, a fifth of the tile's instructions. One of as many elements as eight warps have threads it leaves
+    # as it is: hence rows, of which the first is loaded.
     ROWS: tl.constexpr = max(2, (512 if AMD else 256) // BLOCK_N)
     repeated = tl.broadcast_to(b_columns.to(b_ptrs[0].dtype)[None, :], (ROWS, BLOCK_N))
     loaded = (tl.arange(0, ROWS) == 0)[:, None] & (offs_n < columns)[None, :]

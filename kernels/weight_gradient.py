@@ -58,21 +58,21 @@ def _product_tile(
     x_columns = (tap_h * W + tap_w) * C + j % C
     dtype: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=dtype)
-    first = part * steps_of_part
+    first_step = part * steps_of_part
     # Of the first step; of each next one by additions, as divisions take most of a step's instructions.
-    image = first % tl.cdiv(N, BLOCK_K) * BLOCK_K
-    pixel = first // tl.cdiv(N, BLOCK_K) if IMAGES_FIRST else first * BLOCK_K + offs_k
+    image = first_step % tl.cdiv(N, BLOCK_K) * BLOCK_K
+    pixel = first_step // tl.cdiv(N, BLOCK_K) if IMAGES_FIRST else first_step * BLOCK_K + offs_k
     h, w = pixel // W % H, pixel % W
     # Of a step that begins with pixel 0 of image 0 or, one image after another, with the part's first pixel.
     apart = offs_k.to(tl.int64) * (H * W if IMAGES_FIRST else 1)
     g_ptrs = g_ptr + before(offs_o, O, ALIGNED)[:, None] + (apart * O)[None, :]
     x_ptrs = x_ptr + x_columns[None, :] + (apart * C)[:, None]
     if not IMAGES_FIRST:
-        g_ptrs += tl.cast(first, tl.int64) * BLOCK_K * O
-        x_ptrs += tl.cast(first, tl.int64) * BLOCK_K * C
-    end = tl.minimum(first + steps_of_part, steps)
-    tl.assume(first < end)  # else, in IMAGES_FIRST, ptxas makes each product wait for the last (sm_90, Triton 3.6)
-    for step in range(first, end):
+        g_ptrs += tl.cast(first_step, tl.int64) * BLOCK_K * O
+        x_ptrs += tl.cast(first_step, tl.int64) * BLOCK_K * C
+    end = tl.minimum(first_step + steps_of_part, steps)
+    tl.assume(first_step < end)  # else, in IMAGES_FIRST, ptxas makes each product wait for the last (sm_90, Triton 3.6)
+    for step in range(first_step, end):
         if IMAGES_FIRST:
             mask_m = image + offs_k < N
             row = image.to(tl.int64) * (H * W) + (h * W + w)
@@ -96,7 +96,7 @@ def _product_tile(
                 h += BLOCK_K % (H * W) // W + tl.where(w < W, 0, 1)
                 w = tl.where(w < W, w, w - W)
                 h = tl.where(h < H, h, h - H)
-            row = (step - first) * BLOCK_K  # with its channels within 32 bits, as `divide` sees to
+            row = (step - first_step) * BLOCK_K  # with its channels within 32 bits, as `divide` sees to
         g = tl.load(g_ptrs + row * O, mask=mask_m[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         x = tl.load(x_ptrs + row * C, mask=mask_x, other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(g, x, acc, input_precision=PRECISION, out_dtype=dtype)
@@ -154,11 +154,11 @@ def _weight_gradient_kernel(
 
 
 class Division(NamedTuple):
-    """How the sums over pixels are computed and divided."""
+    """How the sums over pixels are computed, and divided into parts, each with partial sums of its own."""
 
     tiles: configs.Tiles
-    images_first: bool
-    steps: int
+    images_first: bool  # a step takes one pixel of many images, else many pixels of one image after another
+    steps: int  # of tiles.block_k pixels, over all of them
     steps_of_part: int
     parts: int
 
