@@ -253,13 +253,16 @@ def followed() -> bool:
 
     By these quantizers and converters find what is theirs. PyTorch's own mode, for a default device, asks for none.
     """
-    return exporting() or traced() or _passes_modes()
+    if torch.compiler.is_compiling():
+        return exporting()
+    return torch._C._get_tracing_state() is not None or _passes_modes()
 
 
 def _passes_modes() -> bool:
-    if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() == 0:
-        return False
-    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+    """Tell whether a mode meets functions, where Dynamo traces none."""
+    return torch._C._len_torch_function_stack() > 0 and any(
+        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
+    )
 
 
 def symbolic(x: Any) -> bool:
@@ -290,7 +293,9 @@ def special_state() -> str | None:
         return "a functorch transform (vmap, grad, jvp, ...) is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() and _counted():
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._len_torch_dispatch_stack() and _counted():
         return "what counts FLOPs knows standard operators only"
     if _passes_modes():
         return "a TorchFunctionMode is active"
