@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from bench import engines, memory
 from bench.agreement import Disagreement, Errors, check, check_weights, errors, truth
+from bench.convolutions import Convolutions
 from bench.engines import Engine
-from bench.floor import Convolutions
 from bench.harness import Batch, Runner, failure, interleave, page_faults, rate, synchronize, wall_clock
 from bench.report import BASE, FLOOR, Display, Row, with_ratios
 from fastinception.googlenet import GoogLeNet, xavier_uniform_
