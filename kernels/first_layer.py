@@ -95,9 +95,9 @@ def _first_layer_gradient_kernel(
     DIVISOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sum g times windows of x over the pixels of such ``steps``, for BLOCK_N channels, and g alone.
+    """Sum g times windows of x, and g alone, over a part of the pixels, for BLOCK_N channels.
 
-    A part's sums are O rows of the window's numbers and, at their end, O of g.
+    A part is at most ``steps`` of all ``tiles``, as above. Its sums are O rows of the windows' numbers, and O of g.
     """
     O = divisible(O, DIVISOR)
     column_tiles = tl.cdiv(O, BLOCK_N)
