@@ -17,10 +17,31 @@ from fastinception.kernels.operands import before, divisible, matrix_of
 from fastinception.kernels.replay import Launch
 
 
+@triton.jit
+def _where_code_is(codes, CODE: tl.constexpr, grad, PTX: tl.constexpr):
+    """Return ``grad`` where ``codes`` are CODE, else 0; by PTX of 16-bit types, two at a time."""
+    if PTX:  # bytes, compared as float16 of which none is a normal number, give 16 bits each to mask the gradient by
+        return tl.inline_asm_elementwise(
+            """{
+                .reg .b32 two, others;
+                prmt.b32 two, $2, 0, 0x4140;
+                prmt.b32 others, $2, 0, 0x4342;
+                set.eq.u32.f16x2 two, two, $5;
+                set.eq.u32.f16x2 others, others, $6;
+                and.b32 $0, two, $3;
+                and.b32 $1, others, $4;
+            }""",
+            "=&r,=&r,r,r,r,r,r", [codes, grad, tl.full(codes.shape, CODE, tl.int16)],
+            dtype=grad.dtype, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        return tl.where(codes == CODE, grad, 0.0)
+
+
 @triton.jit(do_not_specialize=["M", "H", "W"])
 def _pool_gradient_kernel(
     grad_ptr, codes_ptr, out_ptr, M, K, H, W, stride_on, stride_op, stride_oc,
-    RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PTX: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gather, for BLOCK_M pixels x BLOCK_N channels, the gradients of the windows whose maximum the pixel is.
 
@@ -46,7 +67,7 @@ def _pool_gradient_kernel(
         # 16 bytes of codes a thread, in the layout of both, would take every second 16 bytes of the gradient at a time.
         codes = tl.load(codes_ptr + tl.max_contiguous(offsets, (1, CHUNK)), mask=mask, other=255)
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
-        acc += tl.where(codes == tap_code(tap), grad.to(dtype), 0.0)
+        acc += _where_code_is(codes, tap_code(tap), grad, PTX).to(dtype)
     store_out(out_ptr, acc, offs_m, M, first, K, H * W, stride_on, stride_op, stride_oc, 0, RUN)
 
 
@@ -123,19 +144,22 @@ def pool_gradient(grad: Tensor, codes: Tensor, out: Tensor) -> Launch:
         codes: what the entry level kept, uint8 ``[M, K]``.
         out: ``[N, K, H, W]``, contiguous in either memory format, grad's dtype.
     """
-    config = _pool_launch_config(out.shape, is_channels_last(out), target.gpu(out.device))
+    config = _pool_launch_config(out.shape, is_channels_last(out), out.dtype, target.gpu(out.device))
     with target.device_of(out):
         return replay.launch(_pool_gradient_kernel, config, grad, codes, out)
 
 
 @configs.cached
-def _pool_launch_config(shape: torch.Size, channels_last: bool, gpu: target.Gpu) -> configs.LaunchConfig:
+def _pool_launch_config(
+    shape: torch.Size, channels_last: bool, dtype: torch.dtype, gpu: target.Gpu
+) -> configs.LaunchConfig:
     n, channels, height, width = shape
     rows, config = n * height * width, configs.sweep(configs.POOL, gpu)
     tiles = configs.cdiv(rows, config.block_m) * configs.cdiv(channels, config.block_n)
     return configs.launch_config(
         tiles, (rows, channels, height, width, *out_strides(shape, channels_last)),
-        RUN=out_run(shape, channels_last), BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        PTX=gpu.runs_ptx and dtype.itemsize == 2, RUN=out_run(shape, channels_last),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
     )  # fmt: skip
 
 
