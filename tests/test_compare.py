@@ -487,6 +487,29 @@ def test_an_engine_computes_what_the_network_computes(name: str) -> None:
     torch.testing.assert_close(engine.evaluate(), net(images).detach(), rtol=1e-3, atol=1e-4)
 
 
+def test_engines_are_asked_for_the_rows_dtype_and_torchs_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    openvino, onnxruntime = pytest.importorskip("openvino"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    net, images, asked = nn.Conv2d(1, 2, 3), torch.rand(2, 1, 8, 8), []
+    compiled, session = openvino.Core.compile_model, onnxruntime.InferenceSession
+
+    def watch_compilation(self: Any, model: Any, device: str, hints: dict[str, Any]) -> Any:
+        asked.append((hints["INFERENCE_PRECISION_HINT"], hints["INFERENCE_NUM_THREADS"]))
+        return compiled(self, model, device, hints)
+
+    def watch_session(file: bytes, options: Any, **settings: Any) -> Any:
+        asked.append(("fp32", options.intra_op_num_threads))
+        return session(file, options, **settings)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", watch_compilation)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", watch_session)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for name, (_, dtypes) in engines.ENGINES.items():
+        for dtype in dtypes:
+            engines.Engine(name, net, images, dtype=dtype)
+    assert asked == [("f32", 3), ("bf16", 3), ("fp32", 3)]
+
+
 def _write_test_split(folder: Path, count: int) -> np.ndarray[Any, Any]:
     images = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
     write_idx(folder / "t10k-images-idx3-ubyte.gz", images)
