@@ -163,6 +163,8 @@ class Own(Tensor):
 # How each makes of an image what Triton does not serve.
 UNSERVED = {
     "format": Tensor.contiguous,
+    "cropped": lambda x: x[:, :, 1:],
+    "some channels": lambda x: x[:, 1:],
     "grad": lambda x: x.requires_grad_(),
     "dtype": lambda x: x.to(torch.bfloat16),
     "3-D": lambda x: x[0],
