@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastinception import Conv2d, FastInception, GoogLeNet, backends
 from fastinception.kernels import target
+from fastinception.stem import Stage
 
 pytest.importorskip("triton")
 
@@ -285,6 +286,13 @@ def test_the_network_trains_by_it():
     for format, expected in ((torch.contiguous_format, set()), (CL, BOTH)):
         stage.to(memory_format=format)
         assert operators(lambda: stage(x).sum().backward()) == expected
+
+
+def test_a_stage_with_another_pool_convolves_by_its_backend():
+    layers = nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+    for backend, expected in (("triton", {"first_layer"}), ("aten", set())):
+        stage = Stage(*layers, backend=backend).to(memory_format=CL)
+        assert operators(lambda stage=stage: stage(torch.randn(2, 1, 8, 8))) == expected
 
 
 @pytest.mark.parametrize("value", ["aten", "auto", "triton", ""])
