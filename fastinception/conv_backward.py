@@ -64,6 +64,12 @@ def padding(weight: Tensor) -> list[int]:
     return [int(side) // 2 for side in weight.shape[2:]]
 
 
+def result_size(x: Tensor, stride: int) -> tuple[int, int]:
+    """Return height and width of the result of a convolution with that padding."""
+    height, width = ((side + stride - 1) // stride for side in x.shape[2:])
+    return height, width
+
+
 def templates(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what the gradients of x, weight and bias are shaped as."""
     return x, weight, weight.new_empty(weight.shape[:1])

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastinception import custom_op
-from fastinception.conv_backward import library, templates
+from fastinception.conv_backward import library, result_size, templates
 
 
 def launch(x: Tensor, weight: Tensor, bias: Tensor, stride: int, relu: bool = False) -> Tensor:
@@ -36,8 +36,7 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int, int, int]:
-    height, width = ((side + stride - 1) // stride for side in x.shape[2:])
-    return x.shape[0], weight.shape[0], height, width
+    return x.shape[0], weight.shape[0], *result_size(x, stride)
 
 
 def _empty(x: Tensor, weight: Tensor, _: Tensor, stride: int) -> Tensor:

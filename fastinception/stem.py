@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from fastinception import backends, custom_op, first_layer
 from fastinception.conv import convolve, result_format, serves_first_layer
-from fastinception.conv_backward import conv_backward, library, padding, templates
+from fastinception.conv_backward import conv_backward, library, padding, result_size, templates
 from fastinception.module import hooked_globally, wrapped
 from fastinception.pool import is_around_every_second, is_launchable, launch, max_pool
 
@@ -226,21 +226,13 @@ def _evenly(images: int, most: int) -> int:
 
 def _image_bytes(x: Tensor, weight: Tensor, stride: int, dtype: torch.dtype) -> int:
     """Return the bytes of the convolution's result of one image."""
-    height, width = _conv_size(x, stride)
+    height, width = result_size(x, stride)
     return weight.shape[0] * height * width * dtype.itemsize
 
 
-def _conv_size(x: Tensor, stride: int) -> tuple[int, int]:
-    return _strided(x.shape[2], stride), _strided(x.shape[3], stride)
-
-
-def _strided(side: int, stride: int) -> int:
-    return (side + stride - 1) // stride
-
-
 def _pooled_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int, int, int]:
-    height, width = _conv_size(x, stride)
-    return x.shape[0], weight.shape[0], _strided(height, 2), _strided(width, 2)
+    height, width = result_size(x, stride)
+    return x.shape[0], weight.shape[0], (height + 1) // 2, (width + 1) // 2
 
 
 def _empty_outputs(
@@ -304,7 +296,7 @@ def _conv_pool_relu_backward(
 ) -> tuple[Tensor, ...]:
     if any(t.shape != _pooled_shape(x, weight, stride) for t in (grad_out, out, indices)):
         raise RuntimeError(CHANGED)
-    height, width = _conv_size(x, stride)
+    height, width = result_size(x, stride)
     format = custom_op.memory_format(indices)
     filters = _laid_out(weight, format)
     sums = torch.promote_types(x.dtype, torch.float32)
@@ -335,7 +327,7 @@ def _conv_pool_relu_backward(
 
 def _unpool(grad: Tensor, x: Tensor, indices: Tensor, stride: int) -> Tensor:
     """Return the gradient of the convolution of ``x``, given that of its maxima and where these were."""
-    shape, format = (*grad.shape[:2], *_conv_size(x, stride)), custom_op.memory_format(indices)
+    shape, format = (*grad.shape[:2], *result_size(x, stride)), custom_op.memory_format(indices)
     conv = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=format)  # asked for its shape only
     return cast(Tensor, torch.ops.aten.max_pool2d_with_indices_backward(grad, conv, *_POOL, 1, False, indices))
 
