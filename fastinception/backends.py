@@ -16,7 +16,6 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from fastinception import custom_op
 from fastinception.kernels import target
 
 PLAIN = {Tensor, Parameter}  # a subclass may be anything
@@ -126,7 +125,7 @@ def select(backend: str, x: Tensor, params: Sequence[Tensor]) -> Path:
 
 
 def by_triton(backend: str, x: Tensor, *params: Tensor) -> bool:
-    """Tell whether Triton computes what the kernels around the blocks serve: eager calls without gradients.
+    """Tell whether Triton computes what the kernels around the blocks serve: eager calls of operands that fit.
 
     ``"triton"`` asks for it in the interpreter, too; where it cannot run, or does not serve, the answer is False.
 
@@ -139,14 +138,13 @@ def by_triton(backend: str, x: Tensor, *params: Tensor) -> bool:
     operands = x, *params
     return (
         not torch.compiler.is_compiling()
-        and not custom_op.is_recorded(operands)  # early: training asks, too
         and target.unsupported(x.device, x.dtype) is None
         and special_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.is_autocast_enabled(x.device.type)
         and {*map(type, operands)} <= PLAIN
         and not any(map(only_dispatched, operands))
-        and all(t.dtype is x.dtype and t.device == x.device for t in params)
+        and all(t.device == x.device for t in params)
+        and (all(t.dtype is x.dtype for t in params) or torch.is_autocast_enabled(x.device.type))
         and x.dim() == 4
         and x.shape[1] > 0
         and are_countable(x)

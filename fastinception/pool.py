@@ -1,4 +1,4 @@
-"""Pool faster than PyTorch where it can be done: in compiled training on a CPU, and in eager inference on a GPU."""
+"""Pool faster than PyTorch where it can be done: in compiled training on a CPU, and in eager mode on a GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastinception import backends, custom_op
+from fastinception.pool_relu import is_launchable, launch
 
 _SETTINGS = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
 
@@ -16,9 +17,9 @@ class MaxPool2d(nn.MaxPool2d):
     """Pool as ``torch.nn.MaxPool2d`` does, faster in two places, with the same values and gradients.
 
     Where ``torch.compile`` trains on a CPU, ATen's kernels run instead of the loops that Inductor writes, which do not
-    vectorise. On a GPU that runs Triton, in eager inference in channels_last, windows of 3x3 around every second pixel
-    are one launch; ATen's kernel also writes an int64 index for each maximum. Everywhere else, and where indices are
-    asked for, it is ``torch.nn.MaxPool2d`` itself. It has no parameters.
+    vectorise. On a GPU that runs Triton, in eager mode in channels_last, windows of 3x3 around every second pixel are
+    one launch, and so is their gradient, which goes by a byte for each maximum; ATen's kernels write and read an int64
+    index. Everywhere else, and where indices are asked for, it is ``torch.nn.MaxPool2d`` itself. It has no parameters.
 
     Args:
         kernel_size, stride, padding, dilation, return_indices, ceil_mode: as for ``torch.nn.MaxPool2d``.
@@ -81,22 +82,6 @@ def is_around_every_second(pool: nn.MaxPool2d) -> bool:
         and not pool.ceil_mode
         and not pool.return_indices
     )
-
-
-def is_launchable(x: Tensor) -> bool:
-    """Tell whether :func:`launch` takes x, and returns the format that ATen would."""
-    return x.is_contiguous(memory_format=torch.channels_last) and custom_op.memory_format(x) is torch.channels_last
-
-
-def launch(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``max_pool2d(x, 3, 2, 1)`` of x in channels_last by Triton, with a bias the ReLU of their sum."""
-    from fastinception.kernels.pool import max_pool
-
-    n, channels, height, width = x.shape
-    shape = n, channels, (height + 1) // 2, (width + 1) // 2
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    max_pool(x, bias, out)
-    return out
 
 
 def _max_pool2d(x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,10 @@ from torch.autograd import forward_ad
 from fastinception import backends, custom_op, first_layer
 from fastinception.conv import convolve, result_format, serves_first_layer
 from fastinception.conv_backward import conv_backward, library, padding, result_size, templates
+from fastinception.kernels import target
 from fastinception.module import hooked_globally, wrapped
-from fastinception.pool import is_around_every_second, is_launchable, launch, max_pool
+from fastinception.pool import is_around_every_second, max_pool
+from fastinception.pool_relu import is_launchable, launch
 
 # Bytes. glibc's malloc reuses what is smaller than its largest mmap threshold (DEFAULT_MMAP_THRESHOLD_MAX, 32 MiB),
 # header and alignment included. Larger pieces come fresh from the system: at batch 64 and 96 pixels the first
@@ -50,9 +52,9 @@ class Stage(nn.Sequential):
     Inference that is compiled for one size has as few parts as malloc needs, of the layers themselves: Inductor fuses
     what follows a convolution, and its pool keeps no indices.
 
-    On a GPU, where ``backend`` lets Triton run, in eager inference in channels_last, the library's convolution gets its
-    bias, pool and ReLU in one launch: PyTorch passes over it for the bias, and its pool writes an int64 index for each
-    maximum.
+    On a GPU, where ``backend`` lets Triton run, in eager mode in channels_last, the library's convolution gets its
+    bias, pool and ReLU in one launch, and its gradient in one: PyTorch passes over it for the bias and for the ReLU,
+    and its pool writes an int64 index for each maximum.
 
     Where one of these layers is hooked, patched or of another class, in a program that is traced or exported, and under
     transforms and modes, it is the ``nn.Sequential`` that it looks like. A slice is one always.
@@ -131,20 +133,31 @@ def _in_parts(x: Tensor, conv: nn.Conv2d, relu: nn.ReLU, pool: nn.MaxPool2d) -> 
 def _in_few_launches(
     backend: str, x: Tensor, front: list[Any], conv: nn.Conv2d, relu: nn.ReLU, pool: nn.MaxPool2d
 ) -> Tensor:
-    if [*map(type, front)] == [nn.Conv2d, nn.ReLU] and _is_launched(backend, x, front[0]) and _is_dense(x, front[0]):
+    if [*map(type, front)] == [nn.Conv2d, nn.ReLU] and _is_launched(backend, x, front[0]) and _is_one(x, front[0]):
         x = _conv_relu(x, front[0])
     else:
         x = _run(front, x, backend)
     if not _is_launched(backend, x, conv):
         return _pooled(backend, x, conv, relu, pool)
-    bias = cast(Tensor, conv.bias)
-    if serves_first_layer(conv, x, backend):
-        return launch(first_layer.launch(x, conv.weight, bias, conv.stride[0], relu=True))
-    y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+    bias: Tensor | None = cast(Tensor, conv.bias)
+    if not serves_first_layer(conv, x, backend):
+        y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+    elif _is_inference(x, conv):
+        return launch(first_layer.launch(x, conv.weight, cast(Tensor, bias), conv.stride[0], relu=True))
+    else:
+        y, bias = convolve(conv, x, backend), None
+    if bias is not None:
+        bias = bias.to(y.dtype)
     # Images of one channel have both formats, and what their convolution has is the library's choice.
-    if is_launchable(y) and backends.are_countable(y):
-        return launch(y, bias)
-    return cast(Tensor, relu(pool(y.add_(bias.view(-1, 1, 1)))))
+    if is_launchable(y) and backends.by_triton(backend, y):
+        return launch(y, bias, relu=True)
+    return cast(Tensor, relu(pool(y if bias is None else y.add_(bias.view(-1, 1, 1)))))
+
+
+def _is_inference(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Tell whether a convolution with a bias computes without gradients, of operands of the dtype that they have."""
+    operands = x, conv.weight, cast(Tensor, conv.bias)
+    return not custom_op.is_recorded(operands) and not torch.is_autocast_enabled(x.device.type)
 
 
 def _conv_relu(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -156,9 +169,11 @@ def _conv_relu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return out
 
 
-def _is_dense(x: Tensor, conv: nn.Conv2d) -> bool:
+def _is_one(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Tell whether a convolution and its ReLU are one launch: a matrix product, in inference."""
     settings = conv.kernel_size, conv.stride, conv.padding
-    return settings == ((1, 1), (1, 1), (0, 0)) and conv.weight.is_contiguous() and is_launchable(x)
+    product = settings == ((1, 1), (1, 1), (0, 0)) and conv.weight.is_contiguous() and is_launchable(x)
+    return product and _is_inference(x, conv)
 
 
 def _is_launched(backend: str, x: Tensor, conv: nn.Conv2d) -> bool:
@@ -166,6 +181,7 @@ def _is_launched(backend: str, x: Tensor, conv: nn.Conv2d) -> bool:
     return (
         conv.bias is not None
         and backends.by_triton(backend, x, conv.weight, conv.bias)
+        and target.unsupported(x.device, _result_dtype(x)) is None
         and x.is_contiguous(memory_format=torch.channels_last)
         and conv.bias.is_contiguous()
         and _is_simple(x, conv)
@@ -180,7 +196,8 @@ def _is_simple(x: Tensor, conv: nn.Conv2d) -> bool:
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _is_served(x: Tensor, conv: nn.Conv2d) -> bool:

@@ -18,7 +18,7 @@ from fastinception.kernels.replay import Launch
 
 
 @triton.jit
-def _where_code_is(codes, CODE: tl.constexpr, grad, PTX: tl.constexpr):
+def where_code_is(codes, CODE: tl.constexpr, grad, PTX: tl.constexpr):
     """Return ``grad`` where ``codes`` are CODE, else 0; by PTX of 16-bit types, two at a time."""
     if PTX:  # bytes, compared as float16 of which none is a normal number, give 16 bits each to mask the gradient by
         return tl.inline_asm_elementwise(
@@ -67,7 +67,7 @@ def _pool_gradient_kernel(
         # 16 bytes of codes a thread, in the layout of both, would take every second 16 bytes of the gradient at a time.
         codes = tl.load(codes_ptr + tl.max_contiguous(offsets, (1, CHUNK)), mask=mask, other=255)
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
-        acc += _where_code_is(codes, tap_code(tap), grad, PTX).to(dtype)
+        acc += where_code_is(codes, tap_code(tap), grad, PTX).to(dtype)
     store_out(out_ptr, acc, offs_m, M, first, K, H * W, stride_on, stride_op, stride_oc, 0, RUN)
 
 

@@ -37,10 +37,21 @@ def tap_code(tap):
     return 4 * (row + row // 2) + column + column // 2
 
 
+@triton.constexpr_function
+def code_type(max_asm):
+    """Return the type of the codes: pairs of 16 bits fit a register, but for operators cost more."""
+    return tl.int32 if max_asm is None else tl.int16
+
+
 @triton.jit
-def _own_codes(codes, middle, inner, PTX: tl.constexpr):
+def own_codes(codes, middle, inner, MAX_ASM: tl.constexpr):
     """``(codes | middle) & inner`` as bytes; of 16-bit codes by PTX, as the compiler takes pairs of them apart."""
-    if PTX:
+    CODE: tl.constexpr = code_type(MAX_ASM)
+    middle = middle.to(CODE)[:, None]
+    inner = inner.to(CODE)[:, None]
+    if MAX_ASM is None:
+        return ((codes | middle) & inner).to(tl.uint8)
+    else:
         return tl.inline_asm_elementwise(
             """{
                 .reg .b32 two, others;
@@ -50,8 +61,46 @@ def _own_codes(codes, middle, inner, PTX: tl.constexpr):
             }""",
             "=r,r,r,r,r,r,r", [codes, middle, inner], dtype=tl.uint8, is_pure=True, pack=4,
         )  # fmt: skip
-    else:
-        return ((codes | middle) & inner).to(tl.uint8)
+
+
+@triton.jit
+def borders(h, w, H, W):
+    """Return how far up, down, left and right of pixels a window reaches, in pixels, and two masks for ``own_codes``.
+
+    A tap outside the image is replaced by the border pixel, which its window holds already: the maximum is the
+    same, and no -inf and no mask is needed. Its tap's code is kept: where taps stand for the border pixel, one OR and
+    one AND make every code the pixel's own.
+    """
+    up = tl.where(h > 0, -W, 0)
+    down = tl.where(h < H - 1, W, 0)
+    left = tl.where(w > 0, -1, 0)
+    right = tl.where(w < W - 1, 1, 0)
+    middle = tl.where(h == 0, 4, 0) | tl.where(w == 0, 1, 0)
+    inner = tl.where(h == H - 1, 7, 15) & tl.where(w == W - 1, 13, 15)
+    return up, down, left, right, middle, inner
+
+
+@triton.jit
+def window_maximum(
+    x_ptr, pixel, up, down, left, right, columns, mask, K, MASKED: tl.constexpr, MAX_ASM: tl.constexpr,
+    SAVE: tl.constexpr,
+):  # fmt: skip
+    """Return the maximum of the 3x3 windows around the pixels, and with SAVE its taps' codes."""
+    CODE: tl.constexpr = code_type(MAX_ASM)
+    for tap in tl.static_range(9):
+        dh = up if tap // 3 == 0 else (down if tap // 3 == 2 else 0)
+        dw = left if tap % 3 == 0 else (right if tap % 3 == 2 else 0)
+        x_tap = x_ptr + (pixel + dh + dw).to(tl.int64)[:, None] * K + columns[None, :]
+        value = tl.load(x_tap, mask=mask[None, :], other=0.0) if MASKED else tl.load(x_tap)
+        code = tl.full(value.shape, tap_code(tap), CODE)
+        if tap == 0:
+            pooled = value
+            codes = code
+        elif SAVE:
+            pooled, codes = _maximum_at(pooled, codes, value, code, MAX_ASM)
+        else:
+            pooled = maximum(pooled, value, MAX_ASM)
+    return pooled, codes
 
 
 @triton.jit
@@ -61,22 +110,11 @@ def _pool_step(
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Add the product over BLOCK_K of K, from k on, to ``acc``; STEPS is from ``pool_steps``."""
-    CODE: tl.constexpr = tl.int32 if MAX_ASM is None else tl.int16  # pairs fit a register, but for operators cost more
     columns = (tl.minimum(k, K - BLOCK_K) if STEPS == "overlapping" else k) + tl.arange(0, BLOCK_K)
     mask_k = columns < K if STEPS == "one" else columns >= k
-    for tap in tl.static_range(9):
-        dh = up if tap // 3 == 0 else (down if tap // 3 == 2 else 0)
-        dw = left if tap % 3 == 0 else (right if tap % 3 == 2 else 0)
-        x_tap = x_ptr + (pixel + dh + dw).to(tl.int64)[:, None] * K + columns[None, :]
-        value = tl.load(x_tap, mask=mask_k[None, :], other=0.0) if STEPS == "one" else tl.load(x_tap)
-        code = tl.full(value.shape, tap_code(tap), CODE)
-        if tap == 0:
-            pooled = value
-            codes = code
-        elif SAVE:
-            pooled, codes = _maximum_at(pooled, codes, value, code, MAX_ASM)
-        else:
-            pooled = maximum(pooled, value, MAX_ASM)
+    pooled, codes = window_maximum(
+        x_ptr, pixel, up, down, left, right, columns, mask_k, K, STEPS == "one", MAX_ASM, SAVE
+    )
     if PTX:
         # Impure, so that the maxima stay in the layout of the loads. The compiler would move them behind the change of
         # layout that the product needs: each of the nine loads would go through it, and each maximum be computed often.
@@ -88,7 +126,7 @@ def _pool_step(
         kept = pixel.to(tl.int64)[:, None] * K + columns[None, :]
         mask_kept = mask_saved[:, None] if STEPS == "even" else mask_saved[:, None] & mask_k[None, :]
         tl.store(pooled_ptr + kept, pooled, mask=mask_kept)
-        codes = _own_codes(codes, middle.to(CODE)[:, None], inner.to(CODE)[:, None], MAX_ASM is not None)
+        codes = own_codes(codes, middle, inner, MAX_ASM)
         # 16 bytes of codes a thread, in the layout of all, would take every second 16 bytes of x at a time.
         CHUNK: tl.constexpr = 128 // pooled.dtype.primitive_bitwidth
         tl.store(codes_ptr + tl.max_contiguous(kept, (1, CHUNK)), codes, mask=mask_kept)
@@ -107,28 +145,16 @@ def pooled_tile(
     PTX: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr,
     RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``relu(max_pool2d(x, 3, 1, 1) @ w.T + b)`` for one tile; the first column tile keeps what the pool found.
-
-    A tap outside the image is replaced by the border pixel, which its window holds already: the maximum is the
-    same, and no -inf and no mask is needed. Its tap's code is kept: where taps stand for the border pixel, one OR and
-    one AND make every code the pixel's own.
-    """
+    """``relu(max_pool2d(x, 3, 1, 1) @ w.T + b)`` for one tile; the first column tile keeps what the pool found."""
     offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < width
     pixel = tl.minimum(offs_m, M - 1)
-    h = (pixel // W) % H
-    w = pixel % W
-    up = tl.where(h > 0, -W, 0)
-    down = tl.where(h < H - 1, W, 0)
-    left = tl.where(w > 0, -1, 0)
-    right = tl.where(w < W - 1, 1, 0)
+    up, down, left, right, middle, inner = borders((pixel // W) % H, pixel % W, H, W)
 
     # The product is transposed, [BLOCK_N, BLOCK_M]: sm_90 takes pooled from shared memory as the right operand.
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
     w_rows = w_ptr + (before(offs_n, width, DIVISOR) * K)[:, None]
-    middle = tl.where(h == 0, 4, 0) | tl.where(w == 0, 1, 0)
-    inner = tl.where(h == H - 1, 7, 15) & tl.where(w == W - 1, 13, 15)
     mask_saved = offs_m < tl.where(column_tile == 0, M, 0)
     for k in tl.range(0, K, BLOCK_K, num_stages=1):  # nine loads a step: pipelined, they take 96 KB
         acc = _pool_step(

@@ -635,7 +635,8 @@ def emulated() -> Iterator[list[Launch]]:
     """
     launches: list[Launch] = []
     with contextlib.ExitStack() as patched:
-        around = {"max_pool": pool, "first_layer": first_layer, "first_layer_gradient": first_layer}
+        around = {"max_pool": pool, "max_pool_gradient": pool}
+        around |= {"first_layer": first_layer, "first_layer_gradient": first_layer}
         for name, module in (aot.KERNELS | around).items():
             kernel = f"_{name}_kernel"
             patched.enter_context(mock.patch.object(module, kernel, _Emulated(getattr(module, kernel), launches)))

@@ -539,26 +539,34 @@ def test_codes_are_stored_in_the_layout_of_the_pools_loads(compiled):
 
 
 # In a process without the interpreter: the first stage of bf16 and fp32, as its launches are in inference, and what
-# trains its convolution.
+# trains its convolution and its pool.
 STAGE = """
 import json, torch
 from unittest import mock
 from bench import aot
 from fastinception.kernels import first_layer, pool, target
 
-def launch(x, weight, bias, conv, out):
+def infer(x, weight, bias, conv, out, codes):
     first_layer.first_layer(x, weight, bias, conv, 2, relu=True)
-    pool.max_pool(conv, bias, out)
+    pool.max_pool(conv, bias, out, relu=True)
     first_layer.first_layer_gradient(x, conv, weight, bias, 2)
+
+def train(x, weight, bias, conv, out, codes):
+    pool.max_pool(conv, bias, out, codes, relu=True)
+    pool.max_pool_gradient(out, codes, conv, bias)
 
 for chip in aot.CHIPS:
     for dtype in (torch.bfloat16, torch.float32):
         shapes = (128, 1, 96, 96), (64, 1, 7, 7), (64,), (128, 64, 48, 48), (128, 64, 24, 24)
         operands = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+        operands.append(torch.empty(shapes[-1], dtype=torch.uint8, device="meta"))
         operands = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in operands]
         with mock.patch.object(target, "gpu", return_value=target.Gpu(chip, chip, 132)):
-            launches = aot.collected(lambda: launch(*operands))
-        for name, one in launches.items():
+            launches = [*aot.collected(lambda: infer(*operands)).items()]
+            launches += [(f"trained {name}", one) for name, one in aot.collected(lambda: train(*operands)).items()]
+        for name, one in launches:
+            if name == "trained sum":
+                continue
             made = aot.compile_launch(*one, chip)
             if chip == "gfx942":
                 row = aot._read_amd(made.asm["amdgcn"])
@@ -570,13 +578,20 @@ for chip in aot.CHIPS:
 
 def test_the_first_stages_kernels_keep_their_registers_and_access_memory_widely():
     rows = [json.loads(line) for line in fresh.run(STAGE).splitlines()]
-    assert len(rows) == 4 * 2 * len(aot.CHIPS)
+    assert len(rows) == 6 * 2 * len(aot.CHIPS)
     for name, chip, itemsize, row in rows:
         told = f"{name} {chip} {itemsize}: {row}"
         assert row["stack"] == row["local"] == 0, told
         if name == "max_pool":
             assert set(row["loads"]) == set(row["stores"]) == {"16"}, told
             assert row["registers"] <= 80, told
+        if name.startswith("trained"):
+            assert row["loads"]["16"] >= 4, told
+            assert row["stores"]["16"] >= 1, told
+            # Beside them bytes of codes, half as wide as two-byte numbers and a quarter of four-byte ones.
+            narrow = {"8", "4"} if itemsize == 2 else {"4"}
+            assert {*row["loads"], *row["stores"]} <= {"16", *narrow}, told
+            assert row["registers"] <= 128, told
         if name == "first_layer":
             assert set(row["stores"]) == {"8" if chip == "gfx942" and itemsize == 2 else "16"}, told
             if chip != "gfx942":  # so many programs of 128 threads have registers at a time

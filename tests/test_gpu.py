@@ -232,6 +232,28 @@ def test_the_stem_in_few_launches(monkeypatch):
     assert launched == [("_max_pool_kernel", True), ("_spatial_kernel", True), ("_max_pool_kernel", True)]
 
 
+@pytest.mark.device
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_stem_trains(channels):
+    """With twice the layers' own errors, which come from single pixels across a ReLU's zero, or equal in a window."""
+    torch.manual_seed(0)
+    net = GoogLeNet(block=partial(FastInception, backend="triton"), in_channels=channels)[:2]
+    net = net.to(DEVICE, LOW).to(memory_format=torch.channels_last)
+    x, params = _images(3, channels, 33, 30, dtype=LOW), [*net.parameters()]
+    y = net(x)
+    assert "max_pool_relu" in type(y.grad_fn).__name__
+    grad = torch.randn_like(y)
+    found = torch.autograd.grad(y, params, grad)
+    plain = nn.Sequential(*(nn.Sequential(*stage) for stage in net))
+    own = torch.autograd.grad(plain(x), params, grad)
+    exact = torch.autograd.grad(plain.double()(x.double()), [*plain.parameters()], grad.double())
+
+    def error(grads: tuple[Tensor, ...]) -> float:
+        return sum(float((grad - right).norm() / right.norm()) for grad, right in zip(grads, exact, strict=True))
+
+    assert error(found) <= 2 * error(own)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["3a", "4d", "5b"])
 def test_bf16_blocks_of_the_network(name):

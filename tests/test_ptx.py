@@ -136,7 +136,7 @@ def pools(dtype: torch.dtype) -> dict[str, Any]:
     stem = torch.empty(n, channels, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
     with ptx.emulated() as launches:
         entry(x, (weight,), (bias,), weight, bias, out, 8, (), (mask, pooled, codes), 1, part="pool")
-        pool.max_pool(x, shifts, stem)
+        pool.max_pool(x, shifts, stem, relu=True)
 
     right, places = F.max_pool2d(x.double(), 3, 1, 1, return_indices=True)
     pooled, codes = (t.reshape(n, height, width, channels).permute(0, 3, 1, 2) for t in (pooled, codes.int()))
@@ -158,6 +158,35 @@ def pools(dtype: torch.dtype) -> dict[str, Any]:
         "first of equals": bool(((named == places) | right.isnan()).all()),
         "stem": same(stem, expected),
         "relu": same(out[:, 8:].double(), F.relu(F.conv2d(right, weight.double())).to(dtype).double()),
+    }
+
+
+def trained_pool(dtype: torch.dtype) -> dict[str, Any]:
+    """Return which results of a training step of bias, ReLU and max pool are wrong, of special values and ties.
+
+    Bar NaN, whose gradients go to some pixel of a window.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = special(generator, dtype).nan_to_num(1.0, INF, -INF).requires_grad_()
+    bias = torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0, 1.0], dtype=dtype).repeat(4).requires_grad_()
+    right = F.max_pool2d(F.relu(x + bias[:, None, None]).double(), 3, 2, 1)
+    grad = (
+        torch.randint(-3, 4, right.shape, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+    )
+    grad[0, 0, 0, 0] = INF  # meets no product with zero
+    expected = right, *torch.autograd.grad(right, (x, bias), grad.double())
+    format = torch.channels_last
+    out, codes = (torch.empty(right.shape, dtype=t, memory_format=format) for t in (dtype, torch.uint8))
+    found = torch.full_like(x, torch.nan), torch.full_like(bias, torch.nan)
+    torch.use_deterministic_algorithms(True)  # all memory that is made here holds NaN
+    with ptx.emulated() as launches, torch.no_grad():
+        pool.max_pool(x.detach(), bias.detach(), out, codes, relu=True)
+        pool.max_pool_gradient(grad, codes, *found)
+    torch.use_deterministic_algorithms(False)
+    results = zip(("output", "x", "bias"), (out, *found), expected, strict=True)
+    return {
+        "launches": counted(launches),
+        "wrong": [name for name, ours, theirs in results if not torch.equal(ours.double(), theirs.double())],
     }
 
 
@@ -193,6 +222,7 @@ def report() -> None:
     """Print what the tests below ask about, as JSON; of what failed, why."""
     parts = {name: lambda case=case: train(case) for name, case in CASES.items()}
     parts |= {str(dtype): lambda dtype=dtype: pools(dtype) for dtype in target.MAX_ASM}
+    parts |= {f"trained pool {dtype}": lambda dtype=dtype: trained_pool(dtype) for dtype in target.MAX_ASM}
     parts |= {f"first layer {dtype}": lambda dtype=dtype: first(dtype) for dtype in target.MAX_ASM}
     found = {}
     for name, part in parts.items():
@@ -241,6 +271,13 @@ def test_pools_and_relu_by_ptx_treat_nan_infinities_and_ties_as_pytorch_does(fou
     ops = {op for launch in part["launches"] for op in launch["ops"]}
     pair = "bf16x2" if dtype is torch.bfloat16 else "f16x2"
     assert {f"max.NaN.{pair}", f"set.gt.u32.{pair}", f"cvt.rn.relu.{pair}.f32"} <= ops
+
+
+@pytest.mark.parametrize("dtype", target.MAX_ASM, ids=str)
+def test_a_trained_pool_is_exact(found, dtype):
+    part = found[f"trained pool {dtype}"]
+    check_launches(part, ("max_pool", "max_pool_gradient", "sum"))
+    assert not part["wrong"]
 
 
 @pytest.mark.parametrize("dtype", target.MAX_ASM, ids=str)

@@ -1,4 +1,4 @@
-"""The stem's stages by Triton, in eager inference: fewer launches than layers, and their numbers."""
+"""The stem's stages by Triton, in eager mode: fewer launches than layers, and their numbers."""
 
 from __future__ import annotations
 
@@ -87,9 +87,7 @@ def test_inference_is_that_of_the_layers(which, dtype, launches):
 
 @needs_interpreter
 @pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize(
-    "change", ["grad", "format", "autocast", "dtype", "mode", "compiled", "global hook", "padding"]
-)
+@pytest.mark.parametrize("change", ["format", "autocast", "dtype", "mode", "compiled", "global hook", "padding"])
 def test_where_triton_does_not_serve_the_layers_run(change, which, launches, passing):
     own, x = by_triton(which)
     run, expected = own, functools.partial(by_aten if change == "autocast" else by_layers, own)
@@ -109,7 +107,7 @@ def test_where_triton_does_not_serve_the_layers_run(change, which, launches, pas
     mode = passing() if change == "mode" else torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast")
     results = []
     for function in (run, expected):
-        with torch.set_grad_enabled(change == "grad"), mode:
+        with torch.no_grad(), mode:
             try:
                 results.append(function(x))
             except RuntimeError as error:
@@ -121,6 +119,62 @@ def test_where_triton_does_not_serve_the_layers_run(change, which, launches, pas
         assert results[0] == results[1]
     else:
         assert torch.equal(*results)
+
+
+TRAINED = ["_max_pool_kernel", "_max_pool_gradient_kernel", "_sum_kernel"]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("which", "channels"), [(0, 1), (0, 3), (1, 64)])
+def test_training_is_that_of_the_layers(which, channels, dtype, launches):
+    """Of numbers whose sums are exact: values and all gradients are the same, with ties in most windows."""
+    own, x = by_triton(which, channels)
+    own, x = own.to(dtype), x.to(dtype)
+    if which == 1:
+        x.requires_grad_()
+    results = []
+    for run in (own, functools.partial(by_layers, own)):
+        y = run(x)
+        upstream = torch.randint(0, 2, y.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        inputs = [*own.parameters(), *([x] if x.requires_grad else [])]
+        results.append([y, *torch.autograd.grad(y, inputs, upstream)])
+        if run is own and channels == 1:  # the convolution's launch adds the bias, and sums its gradient
+            assert launches[-2:] == ["_first_layer_gradient_kernel", "_sum_kernel"]
+            assert "_max_pool_gradient_kernel" in launches
+        elif run is own:
+            assert launches == TRAINED
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.stride() == theirs.stride()
+
+
+@needs_interpreter
+@pytest.mark.parametrize("frozen", ["nothing", "bias", "weight", "convolution"])
+def test_what_is_frozen_gets_no_gradient(frozen, launches):
+    own, x = by_triton(1)
+    conv = own[2]
+    for name, p in conv.named_parameters():
+        p.requires_grad_(frozen not in (name, "convolution"))
+    inputs = [p for p in own.parameters() if p.requires_grad]
+    found, expected = (torch.autograd.grad(run(x).sum(), inputs) for run in (own, functools.partial(by_layers, own)))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert launches == (TRAINED if conv.bias.requires_grad else TRAINED[:2])
+
+
+@needs_interpreter
+def test_training_under_autocast_is_in_its_dtype(launches):
+    """In float16, which the kernels take on a CPU; layers in front may be computed in float32 there."""
+    own, x = by_triton(1)
+    results = []
+    for run in (own, functools.partial(by_layers, own)):
+        with torch.autocast("cpu", torch.float16):
+            y = run(x)
+        results.append([y, *torch.autograd.grad(y.float().sum(), [*own.parameters()])])
+    assert launches == TRAINED
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
 
 
 @needs_interpreter
