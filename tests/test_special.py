@@ -157,8 +157,11 @@ def test_a_sequence_as_images_one_pixel_wide(backend, side):
 GRADS = {
     "of sum": lambda shape: torch.tensor(1.7).expand(shape),
     "of average pooling": lambda shape: torch.randn(shape[0], shape[1], 1, 1).expand(shape),
+    "one for each image": lambda shape: torch.randn(shape[0], 1, 1, 1).expand(shape),
     "slice of a cat": lambda shape: torch.randn(shape[0], shape[1] + 9, *shape[2:])[:, 4 : 4 + shape[1]],
+    "slice of a channels_last cat": lambda shape: torch.randn(shape[0], *shape[2:], shape[1] + 9).movedim(3, 1)[:, 9:],
     "permuted": lambda shape: torch.randn(shape[1], shape[3], shape[0], shape[2]).permute(2, 0, 3, 1),
+    "reversed": lambda shape: torch.randn(shape[::-1]).permute(3, 2, 1, 0),
     "of padding": lambda shape: torch.randn(shape[0], shape[1], shape[2] + 3, shape[3] + 2)[:, :, 1:-2, 1:-1],
     "stepped": lambda shape: torch.randn(shape[0], shape[1], 2 * shape[2], 2 * shape[3])[:, :, ::2, ::2],
     "channels_last": lambda shape: torch.randn(shape).contiguous(memory_format=torch.channels_last),

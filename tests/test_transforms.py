@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -93,8 +95,10 @@ def test_batched_upstream_gradients(pair):
     for block in (plain, fast):
         leaf = x.clone().requires_grad_()
         inputs = [leaf, *block.parameters()]
-        results.append(torch.autograd.grad(block(leaf), inputs, upstream, is_grads_batched=True))
-    close(results[1], results[0])
+        each = functools.partial(torch.autograd.grad, block(leaf), inputs, retain_graph=True)
+        results += [each(upstream, is_grads_batched=True), vmap(each)(upstream)]
+    for batched in results[1:]:
+        close(batched, results[0])
     small = x[:1, :, :2, :1]  # a backward for each element of the output
     jacobians = [torch.autograd.functional.jacobian(block, small, vectorize=True) for block in (fast, plain)]
     close(*jacobians)
@@ -157,7 +161,7 @@ def test_third_order(pair):
     results = []
     for block in (plain, fast):
         leaf = x.clone().requires_grad_()
-        inputs = [leaf, block.p1_1.weight, block.p2_2.weight, block.p3_1.weight]
+        inputs = [leaf, *block.parameters()]
         value = norm(block, leaf)
         for _ in range(3):
             derivatives = torch.autograd.grad(value, inputs, create_graph=True)
