@@ -187,10 +187,12 @@ class Marked(Tensor):
     """A subclass, which PyTorch asks about each operator on it."""
 
 
-def test_gradients_are_plain_tensors_whatever_comes_upstream():
-    """By ATen; tests/test_replay.py asks the same of Triton."""
+@BACKENDS
+def test_gradients_are_plain_tensors_whatever_comes_upstream(backend):
+    """Also from a backward like an earlier one, of which Triton knows the launches."""
     plain = Inception(3, 2, (2, 3), (2, 2), 2)
     x = torch.randn(2, 3, 4, 5, requires_grad=True)
-    y = inception(x, list(plain.parameters()), backend="aten")
-    grads = torch.autograd.grad(y, [x, *plain.parameters()], torch.ones_like(y).as_subclass(Marked))
-    assert {type(grad) for grad in grads} == {Tensor}
+    y = inception(x, list(plain.parameters()), backend=backend)
+    inputs, upstream = [x, *plain.parameters()], torch.ones_like(y).as_subclass(Marked)
+    for _ in range(3):
+        assert {type(grad) for grad in torch.autograd.grad(y, inputs, upstream, retain_graph=True)} == {Tensor}
