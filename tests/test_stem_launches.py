@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from fastinception import FastInception, GoogLeNet, backends
 from fastinception.kernels import target
 from fastinception.stem import Stage
-
-CL = torch.channels_last
+from tests.stages import CL, integers, layers, of_integers
 
 
 @pytest.fixture
@@ -39,26 +38,11 @@ LAUNCHED = [["_max_pool_kernel"], ["_spatial_kernel", "_max_pool_kernel"]]
 FIRST = ["_first_layer_kernel"]  # of images of one channel, with bias and ReLU, and a pool by itself
 
 
-def integers(*shape: int, high: int) -> Tensor:
-    """Return small integers: every sum of their products is exact in float16."""
-    return torch.randint(-high, high + 1, shape).float()
-
-
 def by_triton(which: int, channels: int = 3, height: int = 25, width: int = 22) -> tuple[Stage, Tensor]:
     """Return the first or the second stage, of small integers, which asks for Triton, and three images of it."""
-    torch.manual_seed(0)
-    own = GoogLeNet(block=FastInception, in_channels=channels)[which]
+    own, x = of_integers(which, 3, channels, height, width)
     own.backend = "triton"
-    with torch.no_grad():
-        for p in own.parameters():
-            p.copy_(integers(*p.shape, high=1))
-    x = integers(3, (channels, 64)[which], height, width, high=4)
     return own.to(memory_format=CL), x.contiguous(memory_format=CL)
-
-
-def by_layers(own: Stage, x: Tensor) -> Tensor:
-    """Return what the layers compute, one after another."""
-    return cast(Tensor, nn.Sequential(*own)(x))
 
 
 def by_aten(own: Stage, x: Tensor) -> Tensor:
@@ -78,7 +62,7 @@ def test_inference_is_that_of_the_layers(which, dtype, launches):
         with torch.no_grad():
             found = own(x)
             assert launches == (FIRST if x.shape[1] == 1 else LAUNCHED[which])
-            expected = by_layers(own, x)
+            expected = layers(own)(x)
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
         assert found.is_contiguous(memory_format=CL)
         assert expected.isnan().any()
@@ -90,7 +74,7 @@ def test_inference_is_that_of_the_layers(which, dtype, launches):
 @pytest.mark.parametrize("change", ["format", "autocast", "dtype", "mode", "compiled", "global hook", "padding"])
 def test_where_triton_does_not_serve_the_layers_run(change, which, launches, passing):
     own, x = by_triton(which)
-    run, expected = own, functools.partial(by_aten if change == "autocast" else by_layers, own)
+    run, expected = own, functools.partial(by_aten, own) if change == "autocast" else layers(own)
     with torch.no_grad():
         for p in own.parameters():
             p.normal_()  # another way would round otherwise
@@ -184,7 +168,7 @@ def test_where_one_is_hooked_all_layers_are_called(place, launches):
     seen: list[Tensor] = []
     own[place].register_forward_hook(lambda module, args, out: seen.append(out))
     with torch.no_grad():
-        assert torch.equal(own(x), by_layers(own, x))
+        assert torch.equal(own(x), layers(own)(x))
     assert torch.equal(*seen)
     assert launches == []
 
@@ -196,7 +180,7 @@ def test_a_convolution_of_one_channel_in_nchw(launches):
     own, x = own.to(memory_format=torch.contiguous_format), x.contiguous()
     assert x.is_contiguous(memory_format=CL)
     with torch.no_grad():
-        found, expected = own(x), by_layers(own, x)
+        found, expected = own(x), layers(own)(x)
     assert torch.equal(found, expected)
     assert found.stride() == expected.stride()
 
@@ -212,8 +196,8 @@ def test_all_is_as_exact_as_by_the_layers(which, dtype, exact, launches):
     x = torch.randn(x.shape).contiguous(memory_format=CL)
     own, x = own.to(dtype), x.to(dtype)
     with torch.no_grad():
-        found, plain = own(x), by_layers(own, x)
-        truth = by_layers(own.double(), x.double())
+        found, plain = own(x), layers(own)(x)
+        truth = layers(own.double())(x.double())
     assert launches == LAUNCHED[which]
     assert (found - truth).norm() <= 2 * (plain - truth).norm() + exact * truth.norm()
 
@@ -225,7 +209,7 @@ def test_a_weight_of_another_kernel_is_that_of_the_layers(which, launches):
     with torch.no_grad():
         for conv in (own[0], own[-3]):
             conv.weight = nn.Parameter(integers(*conv.weight.shape[:2], 5, 5, high=4))
-        assert torch.equal(own(x), by_layers(own, x))
+        assert torch.equal(own(x), layers(own)(x))
     assert launches == []
 
 
@@ -240,7 +224,7 @@ def test_without_a_bias_and_with_other_pools_the_layers_run(launches):
         own = Stage(conv, nn.ReLU(), pool, backend="triton").to(memory_format=CL)
         x = torch.randn(2, 3, 8, 8).contiguous(memory_format=CL)
         with torch.no_grad():
-            assert torch.equal(own(x), by_layers(own, x))
+            assert torch.equal(own(x), layers(own)(x))
     assert launches == []
 
 
@@ -291,7 +275,7 @@ def test_what_the_kernels_do_not_read_is_left_to_the_layers(change, launched, la
     if change == "many pixels":
         monkeypatch.setattr(backends, "_MOST_PIXELS", 2 * 9 * 8)
     own.requires_grad_(False)
-    found, expected = own(x), by_layers(own, x)
+    found, expected = own(x), layers(own)(x)
     assert launches == launched
     torch.testing.assert_close(found, expected)
     assert found.stride() == expected.stride()
@@ -313,7 +297,7 @@ def test_an_empty_batch_and_wrong_images_are_those_of_the_layers(launches):
             other = torch.empty(2, channels, 48, 48).contiguous(memory_format=CL)
             for wrong in (other, x[0, 0], x.to(torch.int32)):
                 with pytest.raises((RuntimeError, ValueError)) as expected:
-                    by_layers(own, wrong)
+                    layers(own)(wrong)
                 with pytest.raises(type(expected.value)) as found:
                     own(wrong)
                 assert str(found.value) == str(expected.value)
