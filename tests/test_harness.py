@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import time
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import harness
+from tests.comparisons import write_test_split
 
 
 def _tiny_net() -> nn.Module:
@@ -223,3 +225,11 @@ def test_what_a_device_says_is_not_taken_for_too_large_images(monkeypatch: pytes
     monkeypatch.setattr(Tensor, "to", broken)
     with pytest.raises(RuntimeError, match="no kernel image"):
         harness.load_batch(1, 8, torch.device("cpu"), synthetic=True)
+
+
+def test_the_batch_is_the_first_test_images_as_floats(tmp_path: Path) -> None:
+    images = write_test_split(tmp_path, 5)
+    batch = harness.load_batch(3, 28, torch.device("cpu"), synthetic=False, data_root=tmp_path)
+    assert torch.equal(batch.images, torch.from_numpy(images[:3, None]).float() / 255)
+    assert batch.labels.tolist() == [0, 1, 2]
+    assert str(tmp_path) in batch.source
