@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?=
-OLDEST_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,aot block configs driver few functional first_call first_layer gpu gpu_parts gpu_suite kernels kernel_memory launch_options ops op_gradients compile equivalence module gradients edited inputs interpreter out pool pool_relu programs ptx replay replay_backward replay_record roofline special stem stem_compiled stem_launches stem_layers stem_parts target transforms widened)))
+OLDEST_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,aot block configs division driver few functional first_call first_layer gpu gpu_parts gpu_suite kernels kernel_memory launch_options ops op_gradients compile equivalence module gradients edited inputs interpreter out pool pool_relu programs ptx replay replay_backward replay_record roofline special stem stem_compiled stem_launches stem_layers stem_parts target told transforms widened)))
 # A process for each core, up to four: each holds PyTorch, and what a file shares is made once in each. The files come
 # in the order of tests/conftest.py, the longest first, not by their number of tests.
 WORKERS ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

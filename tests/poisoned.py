@@ -38,7 +38,8 @@ class Memory:
         poison = 0xA5 if dtype is torch.uint8 else float("nan")
         storage = torch.full((size + 2 * FRAME,), poison, dtype=dtype, device=DEVICE)
         self.frames += [storage[:FRAME], storage[FRAME + size :]]
-        return storage[FRAME:].as_strided(shape, torch.empty(shape, memory_format=format).stride(), FRAME)
+        # Not torch.empty, in whose place a test may have put this.
+        return storage.as_strided(shape, torch.zeros(shape).contiguous(memory_format=format).stride(), FRAME)
 
     def randn(self, *shape: int, dtype: torch.dtype, format: torch.memory_format = torch.contiguous_format) -> Tensor:
         return self.put(torch.randn(shape, generator=self.generator, dtype=torch.float64), dtype, format)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import math
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from triton.runtime import interpreter
 
 from bench import memory
 from fastinception import FastInception, Inception
 from fastinception.googlenet import WIDTHS
 from fastinception.kernels import block as launches
-from fastinception.kernels import configs, entry, epilogue, library, split, target, weight_gradient
+from fastinception.kernels import configs, entry, library, target
+from tests.poisoned import Memory
 
 DEVICE = "cpu" if target.interpreted() else "cuda"
 SMALL = (16, 9, (4, 8), (3, 5), 7)
@@ -120,14 +117,8 @@ def test_a_training_step_is_eight_launches_and_nothing_else(monkeypatch, batch):
         forward = list(operators.names)
         torch.autograd.grad(y, [x, *block.parameters()], grad)
     assert forward == ["_entry_kernel", "_spatial_kernel"]
-    assert operators.names[2:] == [
-        "_split_kernel",
-        "_data_gradient_kernel",
-        "_pool_gradient_kernel",
-        "_entry_gradient_kernel",
-        "_weight_gradient_kernel",
-        "_sum_kernel",
-    ]
+    kernels = "split", "data_gradient", "pool_gradient", "entry_gradient", "weight_gradient", "sum"
+    assert operators.names[2:] == [f"_{name}_kernel" for name in kernels]
 
 
 @pytest.mark.parametrize("name", NEEDS)
@@ -197,65 +188,12 @@ def test_the_same_bits_on_two_runs(batch, dtype):
         assert torch.equal(first, second)
 
 
-class Frames:
-    """Hand out tensors that lie inside larger storages full of poison, and check the poison afterwards."""
-
-    SIZE = 1 << 14
-
-    def __init__(self) -> None:
-        self.frames: list[Tensor] = []
-
-    def empty(self, shape: Any, *, dtype: torch.dtype, device: Any, memory_format: Any = torch.contiguous_format):
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        size = math.prod(shape)
-        poison = 0xA5 if dtype is torch.uint8 else float("nan")
-        storage = torch.full((size + 2 * self.SIZE,), poison, dtype=dtype, device=device)
-        self.frames += [storage[: self.SIZE], storage[self.SIZE + size :]]
-        strides = torch.zeros(shape).contiguous(memory_format=memory_format).stride()
-        return storage.as_strided(shape, strides, self.SIZE)
-
-    def put(self, t: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-        return self.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=memory_format).copy_(t.detach())
-
-    def assert_untouched(self) -> None:
-        for frame in self.frames:
-            assert bool((frame == 0xA5).all() if frame.dtype is torch.uint8 else frame.isnan().all())
-
-
-@pytest.mark.parametrize(
-    ("batch", "images_first", "steps"),
-    [(63, False, 9), (64, True, 9), (65, False, 10), (113, False, 16), (114, True, 18), (171, True, 27)],
-)
-def test_a_step_takes_one_pixel_of_64_images_where_few_are_beyond_the_batch(batch, images_first, steps):
-    tiles, gpu = configs.Tiles(64, 64, 64, num_warps=4, num_stages=2), target.gpu(torch.device("cpu"))
-    division = weight_gradient.divide((batch, 3, 3), [weight_gradient.Product(8, 8, 3, 3)], torch.float32, gpu, tiles)
-    assert (division.images_first, division.steps) == (images_first, steps)
-
-
-@pytest.mark.parametrize("processors", [108, 132, 148])
-def test_the_programs_of_a_weight_gradient_are_two_for_each_processor_at_most(processors):
-    gpu, product = target.Gpu("", "sm_90", processors), weight_gradient.Product(128, 128, 3, 3)
-    division = weight_gradient.divide((128, 28, 28), [product], torch.bfloat16, gpu)
-    assert 2 * processors - 9 < 9 * division.parts <= 2 * processors
-
-
-@pytest.mark.parametrize("channels", [16, 4096, 1 << 20])
-def test_addresses_inside_a_part_fit_32_bits(channels):
-    tiles, gpu = configs.Tiles(64, 64, 64, num_warps=4, num_stages=2), target.gpu(torch.device("cpu"))
-    shape, product = (1, 1 << 14, 1 << 14), weight_gradient.Product(1 << 20, channels, 1, 1)
-    division = weight_gradient.divide(shape, [product], torch.float16, gpu, tiles)
-    assert division.steps_of_part * 64 * (1 << 20) < 1 << 31
-    assert division.steps_of_part * division.parts >= division.steps == (1 << 28) // 64
-    small = weight_gradient.divide(shape, [product._replace(out_channels=64)], torch.float16, gpu, tiles)
-    assert small.steps_of_part * 64 * channels < 1 << 31
-
-
 @pytest.mark.device
 @pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("batch", [3, 30, 32])  # a step of a weight gradient takes one pixel of 16 images, if so many
 def test_the_backward_stays_inside_its_tensors(monkeypatch, batch, format):
     """Every buffer starts as NaN and lies in NaN: what is read outside, or before it is written, spoils a result."""
-    channels_last = torch.channels_last
+    channels_last, contiguous = torch.channels_last, torch.contiguous_format
     exact, tolerance = (torch.float64, {}) if DEVICE == "cpu" else (torch.float32, {"rtol": 1e-3, "atol": 1e-3})
     # More channels than one tile of some; a tile of others narrowed to a quarter.
     plain = Inception(67, 5, (4, 70), (3, 9), 66).to(DEVICE, exact)
@@ -263,105 +201,29 @@ def test_the_backward_stays_inside_its_tensors(monkeypatch, batch, format):
     y = plain(x)
     upstream = randn_like(y)
     expected = torch.autograd.grad(y, [x, *plain.parameters()], upstream)
-    frames = Frames()
-    own_x = frames.put(x, channels_last)
-    params = [frames.put(p, channels_last if p.dim() == 4 else torch.contiguous_format) for p in plain.parameters()]
-    grads = [frames.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=format)]
-    grads += [frames.put(torch.full_like(p, float("nan")), channels_last if p.dim() == 4 else torch.contiguous_format)
-              for p in params]  # fmt: skip
+    poisoned = Memory()
+    formats = [channels_last if p.dim() == 4 else contiguous for p in plain.parameters()]
+    with torch.no_grad():
+        own_x = poisoned.put(x, exact, channels_last)
+        params = [poisoned.put(p, exact, f) for p, f in zip(plain.parameters(), formats, strict=True)]
+    grads = [poisoned.empty(t.shape, exact, f) for t, f in zip((x, *params), (format, *formats), strict=True)]
+
+    def empty(shape: Any, *, dtype: torch.dtype, device: Any, memory_format: Any = contiguous) -> Tensor:
+        return poisoned.empty((shape,) if isinstance(shape, int) else tuple(shape), dtype, memory_format)
+
     with monkeypatch.context() as patched:
         tiles = configs.Tiles(128, 128, 16, num_warps=8, num_stages=3)
         patched.setitem(configs.DEFAULTS, "weight_gradient", lambda dtype, chip: tiles)
         configs.forget()
-        patched.setattr(torch, "empty", frames.empty)
+        patched.setattr(torch, "empty", empty)
         saved = launches.empty_saved(own_x, params, save=True)
-        out = frames.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=channels_last)
+        out = poisoned.empty(y.shape, exact, channels_last)
         launches.forward(own_x, params, out, saved)
-        launches.backward(frames.put(upstream, format), own_x, params, saved, grads)
+        launches.backward(poisoned.put(upstream, exact, format), own_x, params, saved, grads)
     configs.forget()
-    frames.assert_untouched()
+    poisoned.assert_untouched()
     for own, theirs in zip((out, *grads), (y, *expected), strict=True):
         torch.testing.assert_close(own, theirs, **tolerance)
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="reads what the interpreter computes")
-@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("size", [(3, 5), (3, 2), (2, 2), (6, 4), (4, 4)])  # pixels that 1, 2, 4, 8 and 16 divide
-def test_what_the_compiler_is_told_holds(monkeypatch, size, format):
-    """Of multiples, runs and constancy, what widths and masks rest on, at the places where it is said."""
-    told = collections.Counter()
-
-    def set_attr(handle: Any, name: str, values: list[int]) -> None:
-        (*_, n), data = values, np.atleast_1d(handle.data).astype(np.int64)
-        if len(values) == 2 and name == "tt.contiguity":  # of offsets along rows
-            assert (np.diff(data.reshape(-1, n)) == 1).all(), (n, data)
-        elif len(values) == 2:  # of addresses along rows, eight bytes each
-            assert name == "tt.divisibility"
-            assert (data[:, :: n // 8] % n == 0).all(), (n, data)
-        elif name == "tt.divisibility":  # of each number, or of the first of each n side by side
-            runs = data.reshape(-1, n) if data.size > 1 else data[:, None]
-            assert (data % n == 0).all() or ((runs[:, 0] % n == 0).all() and (np.diff(runs) == 1).all()), (n, data)
-        elif name == "tt.constancy":
-            assert (np.diff(data.reshape(-1, n)) == 0).all(), (n, data)
-        elif (name, n, run) != ("tt.contiguity", 2, 1):  # of odd images, where it widens nothing
-            assert (np.diff(data.reshape(-1, n)) == 1).all(), (n, data)
-        told[(name, *values)] += 1
-
-    run = epilogue.out_run((16, 1, *size), channels_last=False)
-    assert run == {6: 1, 15: 1, 4: 4, 24: 8, 16: 16}[math.prod(size)]
-    monkeypatch.setattr(interpreter.TensorHandle, "set_attr", set_attr)
-    tiles = configs.Tiles(32, 32, 16, num_warps=4, num_stages=2)  # a step of one pixel of 16 images
-    monkeypatch.setitem(configs.DEFAULTS, "weight_gradient", lambda dtype, chip: tiles)
-    configs.forget()
-    for channels, width, misaligned in ((23, 33, 0), (24, 32, 0), (24, 32, 1)):
-        block = FastInception(channels, 40, (16, width), (8, 8), 16, backend="triton").to(DEVICE, torch.float64)
-        x = images((16, channels, *size), torch.float64).contiguous(memory_format=format)
-        x = torch.empty(1 + x.numel(), dtype=x.dtype)[misaligned:].as_strided(x.shape, x.stride()).copy_(x)
-        y = block(x.requires_grad_())
-        y.backward(torch.randn_like(y))
-    configs.forget()
-    assert ("tt.divisibility", 16) in told  # the entry's weights
-    assert ("tt.divisibility", 1, 16) in told  # the same, for its gradient
-    assert ("tt.contiguity", 1, 2) in told  # the pool's codes
-    # Of taps, as far as 8 divides the channels, and of pixels.
-    constant = {n for name, *_, n in told if name == "tt.constancy"}
-    assert constant == ({1, 8, run} if format is torch.contiguous_format else {1, 8})
-
-
-@pytest.mark.parametrize(
-    ("strides", "run"),
-    [
-        ((768, 32, 8, 1), 16),  # contiguous
-        ((776, 32, 8, 1), 8),
-        ((864, 36, 8, 1), 4),
-        ((770, 32, 8, 1), 1),  # pairs are none
-        ((960, 40, 10, 1), None),  # lines apart
-        ((1536, 64, 16, 2), None),
-        ((768, 1, 192, 24), 0),  # channels_last
-        ((960, 1, 240, 30), 0),  # some of its channels
-        ((1536, 1, 192, 24), None),  # every second image
-        ((0, 0, 0, 0), 0),  # of a sum
-    ],
-)
-def test_a_gradients_run_divides_all_its_distances(strides, run):
-    """Which is as much as the compiler may be told of the addresses of any gradient of 4x8 pixels."""
-    config = split._launch_config(
-        (split.Branch(24, 0, 0, 24, 0),), torch.Size((2, 24, 4, 8)), strides, 3, True, target.gpu(torch.device("cpu"))
-    )
-    assert config.constants["RUN"] == run
-
-
-@pytest.mark.parametrize("odd", range(7))
-def test_what_divides_the_widths_divides_each_of_them(odd):
-    """One of all is no multiple of 8: what a kernel takes for its divisor has to count it."""
-    k, c1, c21, c22, c31, c32, c4 = (12 if place == odd else 8 for place in range(7))
-    plain = Inception(k, c1, (c21, c22), (c31, c32), c4).to(DEVICE, torch.float64)
-    fast = FastInception.from_reference(plain, backend="triton")
-    x = images((2, k, 3, 4), torch.float64).requires_grad_()
-    inputs, upstream = [x, *plain.parameters()], randn_like(plain(x))
-    torch.testing.assert_close(fast(x), plain(x))
-    ours, theirs = (torch.autograd.grad(block(x), inputs, upstream) for block in (fast, plain))
-    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="runs another chip's code, in the interpreter")
