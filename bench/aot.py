@@ -45,7 +45,7 @@ class Chip(NamedTuple):
 
     shared: int  # bytes of shared memory for one program
     processors: int
-    fma: int | None = None  # multiply-adds in a cycle of one SM, 16-bit operands; half as many for TF32
+    fma: int | None = None  # NVIDIA's: multiply-adds in a cycle of one SM, 16-bit operands; half as many for TF32
 
 
 # Shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; gfx942's LDS. Products:
@@ -140,6 +140,7 @@ def collected(run: Callable[[], Any]) -> dict[str, Launch]:
             step.kernel, (*step.tensors, *step.config.sizes), step.config.constants
         )
         for step in replay.collect(run)
+        if step.config is not None  # a kernel of Triton's
     }  # fmt: skip
 
 
@@ -276,9 +277,9 @@ def measure(case: Case, kernels: Collection[str] = tuple(KERNELS)) -> list[dict[
         case._asdict() | {"kernel": name, "shared": kernel.metadata.shared}
         for name, kernel in zip(chosen, compiled, strict=True)
     ]
-    if case.chip.startswith("gfx"):
+    if (fma := CHIPS[case.chip].fma) is None:
         return [row | _read_amd(kernel.asm["amdgcn"]) for row, kernel in zip(rows, compiled, strict=True)]
-    rate = CHIPS[case.chip].fma // (2 if dtype is torch.float32 else 1)
+    rate = fma // (2 if dtype is torch.float32 else 1)
     for row, kernel, code in zip(rows, compiled, disassemble(compiled, case.chip), strict=True):
         expected = parts(row["kernel"], *chosen[row["kernel"]])
         row |= read_nvidia(kernel, code) | _loops(code, kernel.metadata.num_warps, expected, rate)
@@ -333,7 +334,7 @@ def read_nvidia(kernel: CompiledKernel, code: list[sass.Instruction]) -> dict[st
         file.flush()
         command = triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     return {
         "registers": int(registers),
         "stack": int(stack),

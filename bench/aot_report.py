@@ -110,12 +110,12 @@ def differences(ours: dict[str, Any], other: dict[str, Any]) -> list[str]:
     reports = [{" ".join(row[key] for key in KEY): _flat(row) for row in report["rows"]} for report in (ours, other)]
     text = []
     for name in {**reports[0], **reports[1]}:
-        rows = [report.get(name) for report in reports]
-        if None in rows:
-            text.append(f"{name}: only in {'this report' if rows[1] is None else 'the other report'}")
+        row, others = (report.get(name) for report in reports)
+        if row is None or others is None:
+            text.append(f"{name}: only in {'this report' if others is None else 'the other report'}")
             continue
-        for field in {**rows[0], **rows[1]}:
-            a, b = (row.get(field) for row in rows)
+        for field in {**row, **others}:
+            a, b = row.get(field), others.get(field)
             if a != b:
                 a, b = (f"{v:.3f}" if isinstance(v, float) else v for v in (a, b))
                 text.append(f"{name}: {field} {a}, the other {b}")
@@ -129,10 +129,11 @@ def read_report(path: Path) -> dict[str, Any]:
         ValueError: the file is not that, or of another version, whose rows have other names.
     """
     try:
-        report: Any = json.loads(path.read_text())
+        found: Any = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    missing = {"triton", "commit", "rows"} - set(report if isinstance(report, dict) else ())
+    report: dict[str, Any] = found if isinstance(found, dict) else {}
+    missing = {"triton", "commit", "rows"} - set(report)
     missing = missing or {key for row in report["rows"] for key in KEY if key not in row}
     if missing:
         raise ValueError(f"{path} is no report: it lacks {', '.join(sorted(missing))}")

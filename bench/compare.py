@@ -186,8 +186,8 @@ def main(argv: list[str] | None = None) -> int:
             plot(result, args.plot)
         except OSError as error:
             unwritten[args.plot] = error
-    for path, error in unwritten.items():
-        print(f"FAILED: {path} cannot be written: {error}", file=sys.stderr)
+    for path, reason in unwritten.items():
+        print(f"FAILED: {path} cannot be written: {reason}", file=sys.stderr)
     return 1 if unwritten else 0
 
 

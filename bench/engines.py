@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import io
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,8 +44,6 @@ class Engine:
         dtype: ``"fp32"``, or ``"bf16"`` for the precision in which OpenVINO is asked to run.
     """
 
-    training = False
-
     def __init__(self, name: str, net: nn.Module, images: Tensor, *, dtype: str) -> None:
         self.net = net.eval()
         self.run = {"OpenVINO": _openvino, "ONNX Runtime": _onnxruntime}[name](self.net, images, dtype)
@@ -81,9 +80,11 @@ def _openvino(net: nn.Module, images: Tensor, dtype: str) -> Any:
 def _onnxruntime(net: nn.Module, images: Tensor, dtype: str) -> Any:
     import onnxruntime
 
-    file = io.BytesIO()
-    torch.onnx.export(net, (images,), file, input_names=["x"], dynamo=False)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "net.onnx")
+        torch.onnx.export(net, (images,), path, input_names=["x"], dynamo=False)
+        model = path.read_bytes()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return lambda: session.run(None, {"x": images.numpy()})[0]

@@ -67,6 +67,7 @@ PARTS: dict[str, Callable[[Context], list[Case]]] = {
 }
 COMMAND = (sys.executable, __file__)
 BUDGET = 520.0  # seconds: under nine minutes, with what starting and ending take
+STDERR = 2  # the process's own, which a test run may have replaced in sys
 DEATHS = 3  # after so many in one part, its other cases would most likely end the same way
 # What all results of one folder share.
 SAME = ("device", "torch", "triton", "commit", "dry")
@@ -142,7 +143,7 @@ def run_part(part: str, context: Context, record: Record) -> None:
             return
         record.write(running=case.name)
         # Also where the process hangs in a library: it prints where, and ends.
-        faulthandler.dump_traceback_later(case.limit, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(case.limit, exit=True, file=STDERR)
         start = time.monotonic()
         rows = case.run()
         faulthandler.cancel_dump_traceback_later()

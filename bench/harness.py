@@ -131,7 +131,8 @@ class Runner:
         nothing."""
         import torch._inductor.config
 
-        return torch._inductor.config.patch(freezing=True)
+        frozen: contextlib.AbstractContextManager[Any] = torch._inductor.config.patch(freezing=True)
+        return frozen
 
     def __call__(self) -> None:
         """Do the work of one timed call."""

@@ -110,12 +110,27 @@ def _describe(body: list[Instruction], warps: int) -> Loop:
         raise ValueError("a main loop that loads by LDG or LDGSTS was expected: this reader knows no other kind")
     lanes = 32 * warps
     through_port = [i for i in body if i.base in ("LDG", "LDGSTS", "LDS", "STS", "LDSM", "STSM")]
-    port: int | None = sum(lanes * i.width for i in through_port if i.predicate != "@!PT")
-    fma: int | None = 0
+    moved = sum(lanes * i.width for i in through_port if i.predicate != "@!PT")
+    fma, operands = _products(body, warps) or (None, None)
+    return Loop(
+        instructions=len(body),
+        tensor_core=tensor_core(body),
+        fma=fma,
+        copies=sum(i.base == "LDGSTS" for i in body),
+        global_bytes=sum(lanes * i.width for i in loads),
+        shared_bytes=None if operands is None else moved + operands,
+        narrowest_load=min(i.width for i in loads),
+        waits_for_own_loads=_waits_for_own_copies(body) or _waits_for_own_registers(body),
+        drains=any(i.base == "WARPGROUP" and "gsb0, 0x0" in i.operands for i in body),
+    )
+
+
+def _products(body: list[Instruction], warps: int) -> tuple[int, int] | None:
+    """Return multiply-adds on the tensor cores, and the bytes that they themselves read from shared memory."""
+    fma = operands = 0
     for i in body:
         if i.base == "UTCHMMA":  # its shape is in a register
-            fma = port = None
-            break
+            return None
         if i.base == "HMMA":
             fma += warps * _HMMA[i.opcode.split(".")[1]]
         elif i.base == "HGMMA":
@@ -123,18 +138,8 @@ def _describe(body: list[Instruction], warps: int) -> Loop:
             fma += warps // 4 * rows * columns * depth
             # A step is 32 bytes deep. The left operand comes from shared memory unless a register holds it.
             left = 0 if re.search(r"\bR\d+\b.*gdesc", i.operands.partition(",")[2]) else rows
-            port += warps // 4 * 32 * (left + columns)
-    return Loop(
-        instructions=len(body),
-        tensor_core=tensor_core(body),
-        fma=fma,
-        copies=sum(i.base == "LDGSTS" for i in body),
-        global_bytes=sum(lanes * i.width for i in loads),
-        shared_bytes=port,
-        narrowest_load=min(i.width for i in loads),
-        waits_for_own_loads=_waits_for_own_copies(body) or _waits_for_own_registers(body),
-        drains=any(i.base == "WARPGROUP" and "gsb0, 0x0" in i.operands for i in body),
-    )
+            operands += warps // 4 * 32 * (left + columns)
+    return fma, operands
 
 
 def _waits_for_own_copies(body: list[Instruction]) -> bool:
@@ -160,10 +165,10 @@ def _waits_for_own_copies(body: list[Instruction]) -> bool:
 def _waits_for_own_registers(body: list[Instruction]) -> bool:
     """Tell whether a register that an iteration loads from global memory is used later in the same iteration."""
     for i, load in enumerate(body):
-        if load.base != "LDG":
+        into = re.match(r"R(\d+)", load.operands) if load.base == "LDG" else None
+        if into is None:  # RZ: nothing can use it
             continue
-        first = int(re.match(r"R(\d+)", load.operands)[1])
-        names = "|".join(str(first + n) for n in range(max(1, load.width // 4)))
+        names = "|".join(str(int(into[1]) + n) for n in range(max(1, load.width // 4)))
         if any(re.search(rf"\bR(?:{names})\b", later.operands) for later in body[i + 1 :]):
             return True
     return False

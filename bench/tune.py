@@ -189,7 +189,8 @@ class Tuner:
         if differs:
             self.display.say(f"WRONG NUMBERS, dropped: {choice}: {differs}")
             return {"dropped": differs}
-        own_times, base_times = [], []
+        own_times: list[float] = []
+        base_times: list[float] = []
         for _ in range(ROUNDS):
             for self.choice, times in ((base, base_times), (choice, own_times)):
                 run()  # plans its launches again, as the choice was changed

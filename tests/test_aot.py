@@ -201,6 +201,12 @@ def test_registers_that_the_next_iteration_uses_are_not_waited_for():
     assert the_loop(used, warps=4).waits_for_own_loads
 
 
+def test_a_load_whose_register_nothing_can_use_is_not_waited_for():
+    """Into RZ. The other load is used behind the products, of the iteration before."""
+    text = SYNCHRONOUS.replace("LDG.E.64 R36", "LDG.E.64 RZ").replace("STS.128 [R58], R32", "MOV R1, R2")
+    assert not the_loop(text, warps=4).waits_for_own_loads
+
+
 def test_drained_tensor_cores():
     assert the_loop(PIPELINED.replace("gsb0, 0x1", "gsb0, 0x0")).drains
 

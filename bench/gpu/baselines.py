@@ -16,6 +16,8 @@ from fastinception.reference import Inception
 class ConvReLU(nn.Conv2d):
     """Convolution, bias and ReLU in one call of the library (inference only); in a dry run on a CPU, in two."""
 
+    padding: tuple[int, ...]  # never one of the names that nn.Conv2d takes as well
+
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cuda:
             return F.relu(super().forward(x))
@@ -71,7 +73,8 @@ class TruncatedConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return _TruncatedConv.apply(x, self.weight, self.bias, self.padding)
+        out: Tensor = _TruncatedConv.apply(x, self.weight, self.bias, self.padding)
+        return out
 
 
 def truncated(net: nn.Module) -> nn.Module:

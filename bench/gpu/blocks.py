@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from bench.trial import Shape
 from fastinception import FastInception, functional
 from fastinception.googlenet import Widths
 from fastinception.reference import Inception
+
+Makers = dict[str, Callable[[], Candidate]]
 
 
 def eager(context: Context) -> list[Case]:
@@ -41,11 +44,13 @@ def _block(shape: Shape, mode: str, context: Context) -> list[Row]:
     block = Block(shape, context)
     (truth,) = block.truth["block"]
 
+    # In a dry run the interpreter has to be asked for.
+    fast = partial(FastInception, backend="triton")
+
     def forward(
-        kind: type[Inception], layout: str = "channels_last", compile_options: dict[str, object] | None = None
+        kind: Callable[..., Inception], layout: str = "channels_last", compile_options: dict[str, Any] | None = None
     ) -> Candidate:
-        # In a dry run the interpreter has to be asked for.
-        net = kind(*shape.widths, **({"backend": "triton"} if kind is FastInception else {}))
+        net = kind(*shape.widths)
         net.load_state_dict(block.net.state_dict())
         net.to(context.device, block.dtype).to(memory_format=LAYOUTS[layout]).requires_grad_(False)
         call: nn.Module | Callable[[Tensor], Tensor] = net
@@ -53,13 +58,13 @@ def _block(shape: Shape, mode: str, context: Context) -> list[Row]:
             call = torch.compile(net, fullgraph=True, dynamic=False, **compile_options)
         return _forward(call, block.x.contiguous(memory_format=LAYOUTS[layout]), truth)
 
-    makers = {"plain eager channels_last": partial(forward, Inception)}
+    makers: Makers = {"plain eager channels_last": partial(forward, Inception)}
     if mode == "default":
         makers["plain eager NCHW"] = partial(forward, Inception, "NCHW")
         makers["plain cudnn_convolution_relu"] = partial(forward, FusedInception)
     for name, options in compilations(mode, context.dry).items():
         makers[f"plain {name}"] = partial(forward, Inception, compile_options=options)
-    makers["FastInception"] = partial(forward, FastInception)
+    makers["FastInception"] = partial(forward, fast)
     rows = contest(makers, context, cold=True)
     torch.compiler.reset()
     return beside_model(beside_floor(rows, block, "block", context), shape)
@@ -99,11 +104,11 @@ def _kernelbench(batch: int, side: int, mode: str, context: Context) -> list[Row
         return found._replace(usual=truncation) if truncates else found
 
     def channels_last() -> Candidate:
-        other = LinearInception(*KERNELBENCH).to(context.device, memory_format=torch.channels_last)
+        other = LinearInception(*KERNELBENCH).to(context.device).to(memory_format=torch.channels_last)
         other.load_state_dict(net.state_dict())
         return _forward(other, x, truth)
 
-    makers = {"plain eager NCHW": partial(_forward, net, x, truth)}
+    makers: Makers = {"plain eager NCHW": partial(_forward, net, x, truth)}
     if mode == "default":
         makers["plain eager, channels_last weights"] = channels_last
     for name, options in compilations(mode, context.dry).items():
@@ -112,5 +117,5 @@ def _kernelbench(batch: int, side: int, mode: str, context: Context) -> list[Row
     makers["FastInception"] = ours
     rows = contest(makers, context, cold=True)
     torch.compiler.reset()
-    precision = torch.backends.cudnn.conv.fp32_precision
-    return [row | {"conv_fp32_precision": precision} for row in rows]
+    cudnn: Any = torch.backends.cudnn  # an object in the module's place, which has more than the module
+    return [row | {"conv_fp32_precision": cudnn.conv.fp32_precision} for row in rows]

@@ -29,12 +29,11 @@ def environment(context: Context) -> list[Case]:
 
 def _card(context: Context) -> list[Row]:
     rows: list[Row] = []
-    if not context.dry:
+    if (chip := ceilings(context)) is not None:
         p = torch.cuda.get_device_properties(context.device)
         about = {"processors": p.multi_processor_count, "memory_bytes": p.total_memory, "l2_bytes": p.L2_cache_size}
-        about |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        chip = ceilings(context)
-        rows.append({"variant": "card"} | about)
+        libraries = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        rows.append({"variant": "card"} | about | libraries)
         rows.append({"variant": "ceilings (TFLOP/s bf16 and TF32, TB/s copied)"} | chip._asdict())
     # Between two events with nothing between them: part of every cold figure.
     nothing = measure({"": lambda: None}, context.timer, cold=True, seconds=0.1)[""]

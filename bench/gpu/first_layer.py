@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from bench.gpu.case import Candidate, Case, Context, Row, contest, output_error, unsearched
 from bench.gpu.kernels import SIZES
-from bench.gpu.timing import Run
 from fastinception import Conv2d, first_layer
+
+STRIDE, PADDING = 2, 3
 
 
 def cases(context: Context) -> list[Case]:
@@ -23,26 +25,29 @@ def cases(context: Context) -> list[Case]:
 def _case(batch: int, side: int, context: Context) -> list[Row]:
     torch.manual_seed(0)
     dtype = torch.float16 if context.dry else torch.bfloat16
-    conv = Conv2d(1, 64, kernel_size=7, stride=2, padding=3).to(context.device, dtype).requires_grad_(False)
+    conv = Conv2d(1, 64, kernel_size=7, stride=STRIDE, padding=PADDING).to(context.device, dtype).requires_grad_(False)
     x = torch.rand(batch, 1, side, side, device=context.device).to(dtype)
-    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, conv.weight))
-    settings = conv.stride, conv.padding
-    grad = torch.randn_like(F.conv2d(x, weight, conv.bias, *settings))
+    kernel, bias = conv.parameters()
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, kernel))
+    settings = (STRIDE, STRIDE), (PADDING, PADDING)
+    grad = torch.randn_like(F.conv2d(x, weight, bias, *settings))
 
     def forward() -> Tensor:
-        return F.relu(F.conv2d(x, weight, conv.bias, *settings))
+        return F.relu(F.conv2d(x, weight, bias, *settings))
 
     def backward(grad: Tensor = grad, x: Tensor = x, weight: Tensor = weight) -> Tensor:
         options = [64], *settings, [1, 1], False, [0, 0], 1, [False, True, True]
-        return torch.ops.aten.convolution_backward(grad, x, weight, *options)[1]
+        found: Tensor = torch.ops.aten.convolution_backward(grad, x, weight, *options)[1]
+        return found
 
     def by_triton() -> Tensor:
-        return torch.ops.fastinception.first_layer_backward(grad, x, weight, 2, [False, True, True])[1]
+        found: Tensor = torch.ops.fastinception.first_layer_backward(grad, x, weight, STRIDE, [False, True, True])[1]
+        return found
 
-    runs: dict[str, dict[str, Run]] = {
+    runs: dict[str, dict[str, Callable[[], Tensor]]] = {
         "forward": {
             "plain forward": forward,
-            "forward": partial(first_layer.launch, x, weight, conv.bias, 2, relu=True),
+            "forward": partial(first_layer.launch, x, weight, bias, STRIDE, relu=True),
         },
         "backward": {
             "plain backward": backward,
@@ -52,14 +57,15 @@ def _case(batch: int, side: int, context: Context) -> list[Row]:
     with unsearched():
         exact = x.double(), weight.double()
         truth = {
-            "forward": F.relu(F.conv2d(*exact, conv.bias.double(), *settings)),
+            "forward": F.relu(F.conv2d(*exact, bias.double(), *settings)),
             "backward": backward(grad.double(), *exact),
         }
     rows = []
     for direction, ways in runs.items():
-        makers = {
-            name: lambda run=run, right=truth[direction]: Candidate(run, output_error(run(), right))
-            for name, run in ways.items()
-        }
+        makers = {name: partial(_candidate, run, truth[direction]) for name, run in ways.items()}
         rows += contest(makers, context, cold=True)
     return rows
+
+
+def _candidate(run: Callable[[], Tensor], truth: Tensor) -> Candidate:
+    return Candidate(run, output_error(run(), truth))

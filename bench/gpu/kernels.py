@@ -48,6 +48,8 @@ class Block:
         for p in net.parameters():  # sums stay of the size of their inputs, and biases count
             torch.nn.init.normal_(p, std=(2 / p[0].numel()) ** 0.5)
         self.net = net = net.to(context.device, self.dtype).to(memory_format=torch.channels_last).requires_grad_(False)
+        params = list(net.parameters())
+        self.params = list(zip(params[::2], params[1::2], strict=True))  # weight and bias of p1_1, p2_1, p2_2, ...
         # Behind a ReLU, as in the network: half of it zeros, and ties in the pool.
         x = torch.randn(shape.batch, shape.widths.in_channels, shape.side, shape.side, device=context.device)
         self.x = F.relu(x).to(self.dtype, memory_format=torch.channels_last)
@@ -88,13 +90,9 @@ class Block:
         """Launch level 0."""
         from fastinception.kernels.entry import entry
 
-        net, column = self.net, self.out.shape[1] - self.shape.widths.c4
-        convs = (net.p1_1, net.p2_1, net.p3_1)
-        weights, biases = [conv.weight for conv in convs], [conv.bias for conv in convs]
-        entry(
-            self.x, weights, biases, net.p4_2.weight, net.p4_2.bias, self.out, column, self.denses, None, 0,
-            tiles=tiles, part=part,
-        )  # fmt: skip
+        (w1, b1), (w2, b2), _, (w3, b3), _, projection = self.params
+        weights, biases, column = [w1, w2, w3], [b1, b2, b3], self.out.shape[1] - self.shape.widths.c4
+        entry(self.x, weights, biases, *projection, self.out, column, self.denses, None, 0, tiles=tiles, part=part)
 
     def spatial(self, tiles: Any = None, chained: bool = False) -> None:
         """Launch level 1; ``chained`` behind level 0, on what that wrote."""
@@ -102,10 +100,8 @@ class Block:
 
         _, c1, (_, c2), *_ = self.shape.widths
         r2, r3 = self.denses if chained else (self.r2, self.r3)
-        level = [
-            Conv(r2, self.net.p2_2.weight, self.net.p2_2.bias, column=c1, padding=(1, 1)),
-            Conv(r3, self.net.p3_2.weight, self.net.p3_2.bias, column=c1 + c2, padding=(2, 2)),
-        ]
+        _, _, second, _, third, _ = self.params
+        level = [Conv(r2, *second, column=c1, padding=(1, 1)), Conv(r3, *third, column=c1 + c2, padding=(2, 2))]
         spatial(level, self.out, None, tiles=tiles)
 
     def tiles(self, level: str, *, tuned: bool) -> Any:
@@ -224,7 +220,8 @@ def table(context: Context) -> list[Case]:
 def _launches(shape: Shape, context: Context) -> list[Row]:
     block = Block(shape, context)
     rows = []
-    for level, run in {"entry": block.entry, "spatial": block.spatial}.items():
+    runs: dict[str, Run] = {"entry": block.entry, "spatial": block.spatial}
+    for level, run in runs.items():
         makers = {f"plain {level}": partial(block.plain, level), level: partial(block.launched, level, run)}
         found = contest(makers, context, cold=True)
         found[-1]["tiles"] = str(block.tiles(level, tuned=True))

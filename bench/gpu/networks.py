@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from bench.agreement import check_weights, errors, truth
@@ -47,7 +46,7 @@ NAMED = 30  # kernels that have a row of their own
 def cases(how: str, context: Context) -> list[Case]:
     """List the workloads; ``how`` is ``"eager"`` (CUDA graphs among them) or a mode of ``torch.compile``."""
     needs = {"eager": 10.0, "default": 60.0, "reduce-overhead": 60.0, "max-autotune": 180.0}[how]
-    workloads = WORKLOADS
+    workloads: tuple[Workload, ...] = WORKLOADS
     if context.dry:  # where all modes of torch.compile only trace
         workloads = {"eager": TINY, "default": TINY[1:]}.get(how, ())
     return [Case(str(w), partial(_network, w, how, context), needs, max(200.0, 2 * needs)) for w in workloads]
@@ -71,11 +70,11 @@ def _network(workload: Workload, how: str, context: Context) -> list[Row]:
         made.load_state_dict(start)  # the textbook's, for the timing
         return Candidate(run, found)
 
-    plain, fast = GoogLeNet, partial(GoogLeNet, block=FastInception)
+    fast = partial(GoogLeNet, block=FastInception)
     # What errors are held against, and what ratios start from, whatever else is measured.
-    makers = {"plain eager NCHW": partial(runner, plain, layout="NCHW")}
+    makers = {"plain eager NCHW": partial(runner, GoogLeNet, layout="NCHW")}
     if how == "eager":
-        nets = {"plain": plain, "FastInception": fast}
+        nets: dict[str, Callable[[], nn.Module]] = {"plain": GoogLeNet, "FastInception": fast}
         if workload.mode == "inference":
             nets["plain cudnn_convolution_relu"] = fused_googlenet
         for name, net in nets.items():
@@ -84,7 +83,7 @@ def _network(workload: Workload, how: str, context: Context) -> list[Row]:
                 makers[f"{name} CUDA graph"] = partial(runner, net, cuda_graph=True)
     else:
         for name, options in compilations(how, context.dry).items():
-            makers[f"plain {name}"] = partial(runner, plain, compile_options=options)
+            makers[f"plain {name}"] = partial(runner, GoogLeNet, compile_options=options)
         name, options = next(iter(compilations(how, context.dry).items()))
         makers[f"FastInception {name}"] = partial(runner, fast, compile_options=options)
     rows = contest(makers, context, cold=False, seconds=2.0)
@@ -102,11 +101,13 @@ def profile(context: Context) -> list[Case]:
 
 def _profile(workload: Workload, context: Context) -> list[Row]:
     batch = load_batch(workload.batch, workload.image_size, context.device, synthetic=True)
-    activity, device = (
-        (ProfilerActivity.CPU, DeviceType.CPU) if context.dry else (ProfilerActivity.CUDA, DeviceType.CUDA)
-    )
+    activity = ProfilerActivity.CPU if context.dry else ProfilerActivity.CUDA
     rows: list[Row] = []
-    for name, net in {"plain": GoogLeNet, "FastInception": partial(GoogLeNet, block=FastInception)}.items():
+    nets: dict[str, Callable[[], nn.Module]] = {
+        "plain": GoogLeNet,
+        "FastInception": partial(GoogLeNet, block=FastInception),
+    }
+    for name, net in nets.items():
         made = xavier_uniform_(net())
         dtype = "fp32" if context.dry else "bf16"
         run = Runner(made, batch.images, batch.labels, mode=workload.mode, dtype=dtype)
@@ -120,7 +121,7 @@ def _profile(workload: Workload, context: Context) -> list[Row]:
         times: Counter[str] = Counter()
         calls: Counter[str] = Counter()
         for event in recorded.events():
-            if event.device_type == device:
+            if event.device_type.name == activity.name:  # what ran there
                 times[event.name] += event.time_range.elapsed_us()
                 calls[event.name] += 1
         unit = context.timer.unit

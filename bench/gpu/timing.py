@@ -116,9 +116,9 @@ def measure(runs: Mapping[str, Run], timer: Timer, *, cold: bool, seconds: float
     """
     late = timer.late
     dry = isinstance(timer, HostTimer)
-    schedule = {"warmup": 0.0 if dry else 0.1, "rounds": 2 if dry else 5, "seconds": 0.0 if dry else seconds}
+    warmup, rounds, seconds = (0.0, 2, 0.0) if dry else (0.1, 5, seconds)
     clock = timer.cold if cold else timer.stream
-    samples = list(interleave(runs, timer.sync, clock=clock, **schedule))[-1][0]
+    *_, (samples, _) = interleave(runs, timer.sync, warmup=warmup, rounds=rounds, seconds=seconds, clock=clock)
     return {name: summary(times, timer.unit) | _noted(timer, late) for name, times in samples.items()}
 
 
