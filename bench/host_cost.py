@@ -126,15 +126,25 @@ def measure(rounds: int = 30, calls: int = 50, compiled: bool = False) -> dict[s
     return {name: {kind: min(samples[name, kind]) for kind in kinds} for name in blocks}
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.parse_args(argv)
     if importlib.util.find_spec("triton") is None:
         parser.error("Triton is not installed")
     os.environ["TRITON_INTERPRET"] = "1"  # here, not on import: it would switch a whole test run to the interpreter
-    if (failure := compile_failure(torch.device("cpu"))) is not None:
-        print(f"no compiled blocks: torch.compile does not work here: {failure}")
-    found = measure(compiled=failure is None)
+    try:
+        if (failure := compile_failure(torch.device("cpu"))) is not None:
+            print(f"no compiled blocks: torch.compile does not work here: {failure}")
+        found = measure(compiled=failure is None)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     print(f"{'us a call':22}" + "".join(f"{kind:>20}" for kind in found["plain"]))
     for name, costs in found.items():
         print(f"{name:22}" + "".join(f"{cost:20.1f}" for cost in costs.values()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

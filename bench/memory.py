@@ -1,7 +1,8 @@
-"""Measure what one training step keeps and how much memory it needs at most: what compare.py shows beside the speed.
+"""Print what each block keeps for its backward on the Triton path, beside the plain block's.
 
-python bench/memory.py                          what each block keeps on the Triton path, beside the plain block's
-python bench/memory.py '{"block": "plain", ...}'    the fresh process in which compare.py measures a CPU step
+python bench/memory.py
+
+It is also what compare.py measures the memory of a whole training step with.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,10 +24,11 @@ from torch import Tensor
 
 from bench.harness import Runner, side_of
 from bench.host_cost import stubbed
-from fastinception import FastInception, GoogLeNet, Inception
+from fastinception import FastInception, Inception
 from fastinception.googlenet import WIDTHS
 
 BLOCKS = {"plain": Inception, "FastInception": FastInception}
+STEP = Path(__file__).with_name("step_memory.py")
 
 
 @contextlib.contextmanager
@@ -86,7 +87,7 @@ def in_fresh_process(block: str, batch_size: int, image_size: int, dtype: str) -
         subprocess.CalledProcessError: the process failed; its stderr is in the error.
     """
     spec = {"block": block, "batch_size": batch_size, "image_size": image_size, "dtype": dtype}
-    command = [sys.executable, __file__, json.dumps(spec | {"threads": torch.get_num_threads()})]
+    command = [sys.executable, str(STEP), json.dumps(spec | {"threads": torch.get_num_threads()})]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -107,34 +108,24 @@ def saved_by_block(name: str, dtype: torch.dtype, batch_size: int, side: int) ->
     return kept[0], kept[1]
 
 
-def main(spec: dict[str, Any]) -> None:
-    """Print what ``in_fresh_process`` returns."""
-    torch.set_num_threads(spec["threads"])
-    size, side = spec["batch_size"], spec["image_size"]
-    torch.manual_seed(0)
-    net = GoogLeNet(block=BLOCKS[spec["block"]])
-    runner = Runner(
-        net, torch.rand(size, 1, side, side), torch.zeros(size).long(), mode="training", dtype=spec["dtype"]
-    )
-    print(json.dumps(measure(runner)))
-
-
-def print_saved_by_blocks() -> None:
-    """Print what ``saved_by_block`` returns for all of them at 96x96 images."""
-    for dtype in (torch.float16, torch.float32):
-        print(f"saved for the backward, {str(dtype)[6:]}, images of 96x96, batch 16")
-        for name in WIDTHS:
-            plain, fast = saved_by_block(name, dtype, 16, side_of(name, 96))
-            print(f"  {name}  plain {plain / 1e6:6.2f} MB  FastInception {fast / 1e6:6.2f} MB  {fast / plain:.2f}x")
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
+    if importlib.util.find_spec("triton") is None:
+        parser.error("Triton is not installed")
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first use of Triton
+    try:
+        for dtype in (torch.float16, torch.float32):
+            print(f"saved for the backward, {str(dtype)[6:]}, images of 96x96, batch 16")
+            for name in WIDTHS:
+                plain, fast = saved_by_block(name, dtype, 16, side_of(name, 96))
+                print(f"  {name}  plain {plain / 1e6:6.2f} MB  FastInception {fast / 1e6:6.2f} MB  {fast / plain:.2f}x")
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Print the bytes that each block saves for its backward.")
-    parser.add_argument("spec", nargs="?", type=json.loads, help="JSON from in_fresh_process, which it asks")
-    if spec := parser.parse_args().spec:
-        main(spec)
-    elif importlib.util.find_spec("triton") is None:
-        parser.error("Triton is not installed")
-    else:
-        os.environ["TRITON_INTERPRET"] = "1"  # before the first use of Triton
-        print_saved_by_blocks()
+    sys.exit(main())

@@ -62,6 +62,13 @@ def test_no_call_launches_a_stub_behind_the_measurement():
         torch.testing.assert_close(block(x), plain(x))
 
 
+def test_an_interrupted_command_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which the command sets
+    monkeypatch.setattr(host_cost, "compile_failure", mock.Mock(side_effect=KeyboardInterrupt))
+    assert host_cost.main([]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
 def test_an_import_leaves_the_interpreter_switch_alone():
     """Set on import, it would turn a GPU's whole test run into an interpreted one."""
     fresh.run("import os; from bench import host_cost; assert 'TRITON_INTERPRET' not in os.environ")

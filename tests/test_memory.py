@@ -43,6 +43,19 @@ def test_a_fresh_process_computes_on_as_many_threads(monkeypatch: pytest.MonkeyP
     assert json.loads(run.call_args.args[0][-1]) == spec
 
 
+def test_the_command_prints_every_block_and_ends_when_it_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which the command sets
+    saved = mock.Mock(side_effect=[(4_000_000, 1_000_000)] * 17 + [KeyboardInterrupt])
+    monkeypatch.setattr(memory, "saved_by_block", saved)
+    assert memory.main([]) == 130
+    printed = capsys.readouterr()
+    assert printed.out.count("plain   4.00 MB  FastInception   1.00 MB  0.25x") == 17
+    assert printed.err == "stopped\n"
+
+
 def test_a_peak_is_the_most_that_was_ever_resident(monkeypatch: pytest.MonkeyPatch) -> None:
     status = mock.Mock(read_text=lambda: "VmPeak:\t900 kB\nVmHWM:\t  300 kB\nVmRSS:\t  100 kB\n")
     monkeypatch.setattr(memory, "Path", lambda name: status)
