@@ -26,6 +26,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -33,6 +34,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__mp_main__":  # a worker: an interrupt, which its parent gets as well, ends it without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -130,10 +133,14 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     try:
         found: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
     report: dict[str, Any] = found if isinstance(found, dict) else {}
-    missing = {"triton", "commit", "rows"} - set(report)
+    rows, missing = report.get("rows"), {"triton", "commit"} - set(report)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        missing.add("rows")
     missing = missing or {key for row in report["rows"] for key in KEY if key not in row}
     if missing:
         raise ValueError(f"{path} is no report: it lacks {', '.join(sorted(missing))}")

@@ -695,8 +695,9 @@ def test_differences_name_the_kernel_the_figure_and_both_values():
         (["--kernel", "conv"], "invalid choice: 'conv'"),
         (["--jobs", "0"], "--jobs: must be a whole number, at least 1, got '0'"),
         (["--images", "0x14"], "BATCHxSIDE in pixels of the block's input was expected, got '0x14'"),
-        (["--against", "no/such.json"], "--against no/such.json"),
+        (["--against", "no/such.json"], "--against no/such.json: No such file or directory"),
         (["--against", "EMPTY"], "is no report: it lacks commit, rows, triton"),
+        (["--against", "OTHER"], "is no report: it lacks rows"),
         (["--against", "OLD"], "is no report: it lacks layout"),  # found before minutes of compilation
         (["--json", "no/such/new.json"], "there is no folder"),
         ([], "TRITON_INTERPRET is set"),
@@ -705,6 +706,7 @@ def test_differences_name_the_kernel_the_figure_and_both_values():
 def test_bad_arguments_are_named(arguments, message, monkeypatch, capsys, tmp_path):
     rows = [{key: "" for key in aot_report.KEY if key != "layout"}]
     files = {"EMPTY": [{}], "OLD": {"triton": "", "commit": "", "rows": rows}}
+    files["OTHER"] = {"triton": "", "commit": "", "rows": [3]}
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     arguments = [str(tmp_path / argument) if argument in files else argument for argument in arguments]
@@ -728,3 +730,9 @@ def test_what_was_compiled_before_an_interrupt_is_kept(monkeypatch, tmp_path, ca
     assert aot_report.main(options) == 130
     assert [row["block"] for row in json.loads(path.read_text())["rows"]] == ["3a"]
     assert capsys.readouterr().err == "stopped\n"
+
+
+def test_an_interrupt_ends_a_worker_without_a_word():
+    """Each of them gets it, as does the command, which says that it was stopped."""
+    code = f"import runpy, signal; runpy.run_path({str(SCRIPT)!r}, run_name='__mp_main__')"
+    assert fresh.run(f"{code}; print(signal.getsignal(signal.SIGINT) == signal.SIG_DFL)") == "True\n"
