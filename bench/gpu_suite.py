@@ -10,7 +10,8 @@ delete its file. A part is a process of its own, and goes on in a new one behind
 The tiles are those of kernels/tuned/, where it has this GPU, else the defaults. The last part looks for faster ones and
 leaves them in DIR/tuned/: moved there, they are measured by another run, with another DIR.
 
-Exit status: 0 where all that was asked for is measured; 1 where something failed; 3 where the budget ended first.
+Exit status: 0 where all that was asked for is measured; 1 where something failed; 3 where the budget ended first; 4
+where DIR takes no more, as a full disk does: what was recorded before stays.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,15 +70,35 @@ COMMAND = (sys.executable, __file__)
 BUDGET = 520.0  # seconds: under nine minutes, with what starting and ending take
 STDERR = 2  # the process's own, which a test run may have replaced in sys
 DEATHS = 3  # after so many in one part, its other cases would most likely end the same way
+FULL = 4  # the exit status where results cannot be written
 # What all results of one folder share.
 SAME = ("device", "torch", "triton", "commit", "dry")
+
+
+class Unwritten(Exception):
+    """A result cannot be written, because the disk is full or the folder is gone."""
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn an error of the system inside into :class:`Unwritten`, which names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise Unwritten(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a folder was expected, got ''")
+    return Path(text)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options; a bad one ends the program with status 2 before any work."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="DIR", help="folder for the results, made if it is missing")
+    add("--output", type=_folder, required=True, metavar="DIR", help="folder for the results, made if it is missing")
     add("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     add("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"default: {BUDGET:.0f}")
     add("--dry-run", action="store_true", help="tiny shapes on the CPU: tests this script, times nothing")
@@ -130,7 +151,8 @@ class Record:
     def write(self, **changes: Any) -> None:
         """Change the content and write it."""
         self.content |= changes
-        write_json(self.content, self.path)
+        with _writing(self.path):
+            write_json(self.content, self.path)
 
 
 def run_part(part: str, context: Context, record: Record) -> None:
@@ -164,7 +186,9 @@ def run_in_processes(part: str, args: argparse.Namespace, deadline: float, recor
         command = [*COMMAND, "--output", str(args.output), "--only", part, "--in-process"]
         command += ["--budget", f"{max(left, 1.0):.1f}", *(["--dry-run"] if args.dry_run else [])]
         log = args.output / f"{part}.log"
-        with log.open("w") as file:
+        with _writing(log):
+            log.write_bytes(b"")
+        with log.open("a") as file:
             # A session of its own, so that what it starts ends with it.
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
             try:
@@ -177,6 +201,8 @@ def run_in_processes(part: str, args: argparse.Namespace, deadline: float, recor
         record.reread()
         if status in (0, 3):
             return
+        if status == FULL:  # the case is none that failed: another call runs it again
+            raise Unwritten(f"{record.path} cannot be written, as {log} says")
         error = {"error": log.read_text(errors="replace").strip()[-2000:], "status": status}
         record.content["cases"][record.content["running"] or "before the first case"] = error
         record.write(running=None)
@@ -198,6 +224,14 @@ def failures(record: Record) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     args = parse(argv)
+    try:
+        return _main(args)
+    except Unwritten as error:
+        print(f"FAILED: {error}; what was recorded before is kept", file=sys.stderr)
+        return FULL
+
+
+def _main(args: argparse.Namespace) -> int:
     deadline = time.monotonic() + args.budget
     console = Console(width=None if sys.stdout.isatty() else 150)
     device = torch.device("cpu" if args.dry_run else "cuda")
@@ -233,7 +267,8 @@ def main(argv: list[str] | None = None) -> int:
     open_parts = [p for p, r in records.items() if not r.content["finished"] and "given_up" not in r.content]
     if args.in_process:
         return 3 if open_parts else 0
-    report.write(args.output, list(PARTS), console)
+    with _writing(args.output / "results.json"):
+        report.write(args.output, list(PARTS), console)
     found = [line for record in records.values() for line in failures(record)]
     for line in found:
         print(f"FAILED: {line}", file=sys.stderr)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -214,6 +216,40 @@ def test_no_case_ends_the_process_behind_its_own_end(tmp_path: Path, monkeypatch
     assert events == [7.0, True, "end"]
 
 
+def test_a_full_disk_is_said_and_the_case_that_it_kept_from_its_record_runs_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    kept = gpu_suite.write_json
+    ran: list[str] = []
+
+    def write(*given: Any) -> None:
+        if len(ran) == 2:
+            raise full
+        kept(*given)
+
+    cases = [Case(name, lambda name=name: ran.append(name) or [{"variant": name, "dry_us": 1.0}]) for name in "ab"]
+    monkeypatch.setattr(gpu_suite, "PARTS", {"some": lambda context: cases})
+    path, options = tmp_path / "some.json", ["--dry-run", "--output", str(tmp_path)]
+    # Room for the first case; as the part's own process, and as the command that started it.
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_suite, "write_json", write)
+        assert gpu_suite.main([*options, "--in-process"]) == gpu_suite.FULL
+        process = mock.Mock(pid=2**31 - 1, wait=lambda timeout: gpu_suite.FULL)
+        patch.setattr(gpu_suite, "subprocess", mock.Mock(wraps=subprocess, Popen=lambda command, **_: process))
+        patch.setattr(gpu_suite.os, "killpg", lambda *group: None)
+        assert gpu_suite.main(options) == gpu_suite.FULL
+    child, command = capsys.readouterr().err.splitlines()
+    assert child == f"FAILED: {path} cannot be written: No space left on device; what was recorded before is kept"
+    assert command.startswith(f"FAILED: {path} cannot be written, as {tmp_path / 'some.log'} says")
+    assert (list(_strict(path)["cases"]), ran) == (["a"], ["a", "b"])
+    assert gpu_suite.main([*options, "--in-process"]) == 0
+    assert (list(_strict(path)["cases"]), ran) == (["a", "b"], ["a", "b", "b"])
+    monkeypatch.setattr(report, "write_json", mock.Mock(side_effect=full))
+    assert gpu_suite.main(options) == gpu_suite.FULL
+    assert f"{tmp_path / 'results.json'} cannot be written: No space left" in capsys.readouterr().err
+
+
 class Overdue:
     """A part's process that has recorded a failed row, and runs on when the budget ends."""
 
@@ -298,6 +334,7 @@ def test_a_case_that_was_too_short_of_time_is_open(tmp_path: Path, monkeypatch: 
         (["--dry-run", "--output", "x", "--budget", "nan"], "--budget must be a positive number"),
         (["--dry-run", "--output", "x", "--only", "all"], "invalid choice: 'all'"),
         (["--dry-run", "--output", __file__], "is not a folder"),
+        (["--dry-run", "--budget", "1e-9", "--output", ""], "--output: the name of a folder was expected"),
         (["--dry-run", "--output", f"{__file__}/x"], "Not a directory"),
         (["--dry-run"], "--output"),
     ],
