@@ -145,9 +145,11 @@ class Comparison:
             self.display.stage(f"{title}: rounds", done, rounds)
             if 0 < done < rounds:
                 self.display.rows(title, self._rows(samples, chosen, measured, mode, dtype), final=False)
-        faults = {label: page_faults(run) for label, run in runners.items()} if self.device.type == "cpu" else {}
-        for label, count in faults.items():
-            measured.setdefault(label, {})["page_faults"] = count
+        faults: dict[str, int] = {}
+        for label, run in runners.items() if self.device.type == "cpu" else ():
+            if (count := page_faults(run)) is not None:
+                faults[label] = count
+                measured.setdefault(label, {})["page_faults"] = count
         rows = self._rows(samples, chosen, measured, mode, dtype)
         self.display.rows(title, rows, final=True)
         if many := [f"{label} {count:,}" for label, count in faults.items() if count >= MANY_FAULTS]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -232,12 +231,16 @@ def interleave(
         yield samples, rounds
 
 
-def page_faults(run: Callable[[], object]) -> int:
-    """Return how many pages of memory one call had from the system.
+def page_faults(run: Callable[[], object]) -> int | None:
+    """Return how many pages of memory one call had from the system; None on Windows, which does not say.
 
     Each takes about a microsecond. Whether malloc keeps a large piece for the next call depends on what else is
     in the process's heap, so that the same call may have thousands in one process and none in another.
     """
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     run()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
