@@ -195,75 +195,78 @@ def specialize(
 
 def parts(kernel: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Part]:
     """Return the products that a launch's arguments ask for."""
-    if kernel in ("split", "pool_gradient", "sum"):
-        return []
     given = dict(zip(function.arg_names, args, strict=False)) | kwargs
-    depth = given["BLOCK_K"]
     if kernel in ("spatial", "data_gradient"):
-        reduced, stored = map(configs.from_list, (given["in_channels"], given["out_channels"]))
-        if kernel == "data_gradient":
-            reduced, stored = stored, reduced
-        # A strip's constants begin with its convolution and its kernel's size, and end with the tile's and a divisor.
-        tallest = max(rows for *_, rows, _, _ in given["LEVEL"])
-        return [
-            Part(
-                f"{kernel_h}x{kernel_w}" + (f" from {first * width}" if first else ""),
-                (rows, width, depth),
-                configs.cdiv(kernel_h * kernel_w * reduced[conv], depth) * side_by_side * (tallest // rows),
-                tallest * kernel_h * kernel_w * reduced[conv] * min(stored[conv] - first * width, side_by_side * width),
-            )
-            for (conv, kernel_h, kernel_w, *_, rows, width, _), first, side_by_side in zip(
-                given["LEVEL"], *map(configs.from_list, (given["first_tiles"], given["column_tiles"])), strict=True
-            )
-        ]
-    tile = (given["BLOCK_M"], given["BLOCK_N"], depth)
+        return _strips(given, backward=kernel == "data_gradient")
     if kernel == "weight_gradient":
-        names = "out_channels", "in_channels", "kernel_h", "kernel_w"
-        products = list(zip(*(configs.from_list(given[name]) for name in names), strict=True))
-        if given["LEVEL"] is not None:
-            return [
-                Part(
-                    f"{kernel_h}x{kernel_w} {o}",
-                    tile,
-                    configs.cdiv(o, tile[0]) * configs.cdiv(c * kernel_h * kernel_w, tile[1]),
-                    o * c * kernel_h * kernel_w * depth,
-                )
-                for o, c, kernel_h, kernel_w in products
-            ]
-        # One loop for all whole tiles, and one for all last rows that take a smaller one.
-        whole, last = tile[0], given["LAST_M"]
-        left = [o % whole if o % whole <= last < whole else 0 for o, *_ in products]
-        columns = [math.prod(rest) for _, *rest in products]
-        return [
-            Part(
-                name,
-                (height, *tile[1:]),
-                sum(configs.cdiv(o, height) * configs.cdiv(j, tile[1]) for o, j in zip(rows, columns, strict=True)),
-                sum(o * j for o, j in zip(rows, columns, strict=True)) * depth,
-            )
-            for name, height, rows in (
-                ("products", whole, [o - less for (o, *_), less in zip(products, left, strict=True)]),
-                ("products from last rows", last, left),
-            )[: 1 + (last < whole)]
-        ]
-    k, (rows, width, _), last = given["K"], tile, given["LAST_N"]
-
-    def gemm(reduced: int, columns: int) -> list[Part]:
-        """Return the product of a block of rows: of its whole tiles and, if it is narrower, of the last one."""
-        steps, before = configs.cdiv(reduced, depth), (configs.cdiv(columns, width) - 1) * width
-        if last == width:
-            return [Part("gemm", tile, steps * (before // width + 1), rows * reduced * columns)]
-        return [
-            Part("gemm", tile, steps * (before // width), rows * reduced * before),
-            Part(f"gemm from {before}", (rows, last, depth), steps, rows * reduced * (columns - before)),
-        ]
-
+        return _weight_gradients(given)
     if kernel == "entry_gradient":
-        return gemm(given["COLUMNS"], k)
-    pool = (given["POOL_M"], given["POOL_N"], given["POOL_K"])
-    pool_tiles = rows // pool[0] * configs.cdiv(given["pool_width"], pool[1])
-    pooled = configs.cdiv(k, pool[2]) * pool_tiles, rows * k * given["pool_width"]
-    return [*gemm(k, sum(configs.from_list(given["widths"]))), Part("pool", pool, *pooled, pipelined=False)]
+        return _gemm(given, given["COLUMNS"], given["K"])
+    if kernel == "entry":
+        return [*_gemm(given, given["K"], sum(configs.from_list(given["widths"]))), _pool(given)]
+    return []  # what has no products: splits, pools' gradients, sums
+
+
+def _strips(given: dict[str, Any], backward: bool) -> list[Part]:
+    """Return the products of a level of convolutions: a strip is some tiles of one, side by side."""
+    depth, reduced, stored = given["BLOCK_K"], *(configs.from_list(given[f"{of}_channels"]) for of in ("in", "out"))
+    if backward:
+        reduced, stored = stored, reduced
+    firsts, counts = (configs.from_list(given[f"{of}_tiles"]) for of in ("first", "column"))
+    tallest = max(height for *_, height, _, _ in given["LEVEL"])
+    found = []
+    # A strip's constants begin with its convolution and its kernel's size, and end with the tile's and a divisor.
+    for (conv, kernel_h, kernel_w, *_, height, width, _), first, count in zip(
+        given["LEVEL"], firsts, counts, strict=True
+    ):
+        products, start = kernel_h * kernel_w * reduced[conv], first * width
+        name = f"{kernel_h}x{kernel_w}" + (f" from {start}" if start else "")
+        steps = configs.cdiv(products, depth) * count * (tallest // height)
+        asked = tallest * products * min(stored[conv] - start, count * width)
+        found.append(Part(name, (height, width, depth), steps, asked))
+    return found
+
+
+def _weight_gradients(given: dict[str, Any]) -> list[Part]:
+    """Return each weight's product, or where one loop has those of all, its whole tiles and the smaller last ones."""
+    whole, width, depth = (given[f"BLOCK_{axis}"] for axis in "MNK")
+    names = "out_channels", "in_channels", "kernel_h", "kernel_w"
+    weights = list(zip(*(configs.from_list(given[name]) for name in names), strict=True))
+
+    def part(name: str, height: int, products: list[tuple[int, int]]) -> Part:
+        steps = sum(configs.cdiv(rows, height) * configs.cdiv(columns, width) for rows, columns in products)
+        return Part(name, (height, width, depth), steps, sum(map(math.prod, products)) * depth)
+
+    if given["LEVEL"] is not None:
+        return [part(f"{h}x{w} {o}", whole, [(o, c * h * w)]) for o, c, h, w in weights]
+    last, in_whole, in_last = given["LAST_M"], [], []
+    for rows, *rest in weights:
+        left = rows % whole if rows % whole <= last < whole else 0
+        in_whole.append((rows - left, math.prod(rest)))
+        in_last.append((left, math.prod(rest)))
+    found = [part("products", whole, in_whole)]
+    return [*found, part("products from last rows", last, in_last)] if last < whole else found
+
+
+def _gemm(given: dict[str, Any], reduced: int, columns: int) -> list[Part]:
+    """Return the product of a block of rows: of its whole tiles and, if it is narrower, of the last one."""
+    rows, width, depth = (given[f"BLOCK_{axis}"] for axis in "MNK")
+    last, steps, tiles = given["LAST_N"], configs.cdiv(reduced, depth), configs.cdiv(columns, width)
+    if last == width:
+        return [Part("gemm", (rows, width, depth), steps * tiles, rows * reduced * columns)]
+    before = (tiles - 1) * width
+    return [
+        Part("gemm", (rows, width, depth), steps * (tiles - 1), rows * reduced * before),
+        Part(f"gemm from {before}", (rows, last, depth), steps, rows * reduced * (columns - before)),
+    ]
+
+
+def _pool(given: dict[str, Any]) -> Part:
+    """Return the product of the pooled pixels of a block of rows."""
+    rows, reduced, columns = given["BLOCK_M"], given["K"], given["pool_width"]
+    height, width, depth = tile = given["POOL_M"], given["POOL_N"], given["POOL_K"]
+    steps = configs.cdiv(reduced, depth) * (rows // height) * configs.cdiv(columns, width)
+    return Part("pool", tile, steps, rows * reduced * columns, pipelined=False)
 
 
 def measure(case: Case, kernels: Collection[str] = tuple(KERNELS)) -> list[dict[str, Any]]:
