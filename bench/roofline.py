@@ -1,15 +1,16 @@
-"""Say how fast GoogLeNet's Inception blocks could be on a chip, from its datasheet alone; nothing runs.
+"""Say how fast GoogLeNet and its parts could be on a chip, from its datasheet alone; nothing runs.
 
-python bench/roofline.py                                                # the nine blocks' forward, an H100
+python bench/roofline.py                                                # the forward, on an H100
 python bench/roofline.py --chip mi300x --batch-size 256 --image-size 224 --mode training
 python bench/roofline.py --times times.json                             # {"3a": 0.031, ...}, milliseconds
 
-The floor of a block is the longer of its multiply-adds at the tensor cores' rate and its floor bytes at the memory's:
+The floor of a part is the longer of its multiply-adds at the tensor cores' rate and its floor bytes at the memory's:
 each pass reads its inputs and weights once and writes its results once. (The forward reads x and writes the output; in
 training the backward reads the output's gradient and x, and writes x's gradient and the weights'.)
 
-The plan is what the launches of kernels/ move: the forward's two, and in training the backward's six. What a cache may
-serve is not in it: every launch reads its operands from memory once. Of the partial sums of a weight one is counted.
+A block's plan is what the launches of kernels/ move: the forward's two, and in training the backward's six. What a
+cache may serve is not in it: every launch reads its operands from memory once. Of the partial sums of a weight one is
+counted.
 """
 
 from __future__ import annotations
