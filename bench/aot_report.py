@@ -47,7 +47,7 @@ except ModuleNotFoundError:
 
 from bench import aot
 from bench.harness import DTYPES, LAYOUTS, positive
-from bench.record import check_writable, commit, write_json
+from bench.record import commit, writable, write_json
 from fastinception.googlenet import WIDTHS
 from fastinception.kernels import target
 
@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         "--kernel", nargs="+", choices=kernels, default=kernels, metavar="KERNEL", help=" ".join(kernels)
     )
     parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes; default: the number of cores")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="keep the report")
+    parser.add_argument("--json", type=writable, metavar="PATH", help="keep the report")
     parser.add_argument("--against", type=Path, metavar="PATH", help="print where a kept report differs from this one")
     return parser
 
@@ -188,11 +188,6 @@ def main(argv: list[str] | None = None) -> int:
             other = read_report(args.against)
         except ValueError as error:
             parser.error(f"--against {error}")
-    if args.json is not None:
-        try:
-            check_writable(args.json)
-        except ValueError as error:
-            parser.error(f"--json {error}")
     if target.interpreted():
         parser.error("TRITON_INTERPRET is set, and the interpreter replaces the compiler: unset it")
     head = {"torch": torch.__version__, "triton": triton.__version__, "commit": commit()}

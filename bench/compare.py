@@ -25,7 +25,7 @@ try:
     from bench.agreement import Disagreement
     from bench.comparison import Comparison
     from bench.harness import DTYPES, Batch, compile_failure, load_batch, positive
-    from bench.record import check_writable, conditions, write_json
+    from bench.record import conditions, writable, write_json
     from bench.report import LEGEND, Display, Row, cross_precision, plot
     from fastinception import backends
 except ModuleNotFoundError as missing:
@@ -54,17 +54,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help=QUICK)
     add("--synthetic", action="store_true", help="random images instead of Fashion-MNIST")
     add("--data-root", type=Path, help="folder with Fashion-MNIST's *-ubyte.gz files")
-    add("--json", type=Path, metavar="FILE", help="write conditions and rows")
-    add("--plot", type=Path, metavar="FILE.png", help="draw the rows")
+    add("--json", type=writable, metavar="FILE", help="write conditions and rows")
+    add("--plot", type=writable, metavar="FILE.png", help="draw the rows")
     args = parser.parse_args(argv)
     args.batch_size = args.batch_size or (32 if args.quick else 64)
     if args.synthetic and args.data_root:
         parser.error("--synthetic and --data-root exclude each other")
-    for path in filter(None, (args.json, args.plot)):
-        try:
-            check_writable(path)
-        except ValueError as error:
-            parser.error(str(error))
     if args.plot and args.plot.suffix != ".png":
         parser.error(f"--plot writes a .png file, got {args.plot}")
     if args.plot:

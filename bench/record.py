@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import json
@@ -52,6 +53,17 @@ def check_writable(path: Path) -> None:
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def writable(text: str) -> Path:
+    """Read an option that names a file to be written."""
+    try:
+        if not text:
+            raise ValueError("the name of a file was expected, got ''")
+        check_writable(Path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:

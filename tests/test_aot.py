@@ -699,7 +699,8 @@ def test_differences_name_the_kernel_the_figure_and_both_values():
         (["--against", "EMPTY"], "is no report: it lacks commit, rows, triton"),
         (["--against", "OTHER"], "is no report: it lacks rows"),
         (["--against", "OLD"], "is no report: it lacks layout"),  # found before minutes of compilation
-        (["--json", "no/such/new.json"], "there is no folder"),
+        (["--json", "no/such/new.json"], "--json: no/such/new.json: there is no folder"),
+        (["--json", ""], "--json: the name of a file was expected, got ''"),
         ([], "TRITON_INTERPRET is set"),
     ],
 )
