@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ def conv_backward(
     Returns:
         The weight's gradient may have other strides than the weight.
     """
-    if x.device.type == "cpu" and weight.shape[2:] == (1, 1) and stride == 1:
+    if x.device.type == "cpu" and weight.shape[2:] == (1, 1) and stride == 1 and not _are_products_rounded(x):
         return _pointwise(grad, x, weight, needs, into)
     if needs[1] and stride == 1 and by_columns(x, weight):
         grad_x, _, _ = library(grad, x, weight, (needs[0], False, False))
@@ -57,6 +57,17 @@ def conv_backward(
     else:
         grad_x, grad_weight, grad_bias = library(grad, x, weight, needs, stride)
     return grad_x if into is None or grad_x is None else into.add_(grad_x), grad_weight, grad_bias
+
+
+def _are_products_rounded(x: Tensor) -> bool:
+    """Tell whether matrix products of x are computed in less than float32, and convolutions are not.
+
+    ``torch.set_float32_matmul_precision`` asks for that, on cores with tensor tiles.
+    """
+    if x.dtype is not torch.float32:
+        return False
+    mkldnn: Any = torch.backends.mkldnn  # whose attributes are made as it is imported
+    return mkldnn.matmul.fp32_precision not in ("ieee", "none", mkldnn.conv.fp32_precision)
 
 
 def padding(weight: Tensor) -> list[int]:

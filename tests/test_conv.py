@@ -105,6 +105,36 @@ def test_a_gradient_from_elsewhere_is_added():
         assert torch.equal(found, expected)
 
 
+def test_products_that_are_rounded_more_than_convolutions_take_no_part(monkeypatch):
+    """The precision of matrix products is not the convolutions', and float32 is as exact as theirs."""
+    mkldnn, asked = torch.backends.mkldnn, []
+    mm, addmm_ = torch.mm, Tensor.addmm_
+    monkeypatch.setattr(torch, "mm", lambda *args: asked.append("mm") or mm(*args))
+    monkeypatch.setattr(Tensor, "addmm_", lambda *args: asked.append("addmm_") or addmm_(*args))
+
+    def products(dtype: torch.dtype = torch.float32) -> list[str]:
+        asked.clear()
+        tensors = [t.to(dtype) for t in operands(4, 16, 17, (1, 1), 12, 12)]
+        for into in (None, torch.zeros_like(tensors[1])):
+            found = gradients.conv_backward(*tensors, (True, True, True), into)
+            assert all(map(torch.equal, found, library(*tensors)))
+        return list(asked)
+
+    wanted = products()
+    assert {"mm", "addmm_"} <= set(wanted)
+    before = mkldnn.matmul.fp32_precision, mkldnn.conv.fp32_precision
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert mkldnn.matmul.fp32_precision == "bf16"
+        assert products() == []
+        assert "addmm_" in products(torch.float64)
+        mkldnn.conv.fp32_precision = "bf16"
+        assert products() == wanted
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        mkldnn.matmul.fp32_precision, mkldnn.conv.fp32_precision = before
+
+
 @pytest.mark.skipif(not NATIVE, reason="the library computes this gradient on these cores")
 @pytest.mark.parametrize(
     ("n", "c", "o", "kernel", "side"),
