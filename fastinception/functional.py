@@ -249,15 +249,18 @@ def _check_input(x: Tensor, params: Sequence[Tensor]) -> None:
     k, dtype, device = x.shape[1], x.dtype, x.device
     shapes, fitting = [p.shape for p in params], ops.fitting_shapes(x, params)
     dtypes, devices = [p.dtype for p in params], [p.device for p in params]
-    if shapes == fitting and dtypes.count(dtype) == devices.count(device) == 12:
-        return  # on every call, so in one go; the rest finds words
+    some = all([k, *[shape[0] for shape in fitting]])  # a convolution has channels, and autograd's insists on them
+    if some and shapes == fitting and dtypes.count(dtype) == devices.count(device) == 12:
+        return  # in one go; the rest finds words
     if len(shapes[0]) == 4 and k != shapes[0][1]:
         raise ValueError(f"x must have {shapes[0][1]} channels, got {k}: {list(x.shape)}")
+    if k == 0:
+        raise ValueError(f"x must have channels, got {list(x.shape)}")
     for i, name in enumerate(("p1_1", "p2_1", "p2_2", "p3_1", "p3_2", "p4_2")):
         weight, bias = params[2 * i], params[2 * i + 1]
-        if weight.shape != fitting[2 * i]:
+        if weight.shape != fitting[2 * i] or weight.shape[0] == 0:
             expected = ", ".join(map(str, fitting[2 * i][1:]))
-            raise ValueError(f"{name}'s weight must be [c, {expected}], got {list(weight.shape)}")
+            raise ValueError(f"{name}'s weight must be [c, {expected}], c at least 1, got {list(weight.shape)}")
         if bias.shape != fitting[2 * i + 1]:
             raise ValueError(f"{name}'s bias must be {list(fitting[2 * i + 1])}, got {list(bias.shape)}")
         for kind, tensor in (("weight", weight), ("bias", bias)):

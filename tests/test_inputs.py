@@ -121,16 +121,35 @@ def test_parameters_of_mixed_dtypes_and_devices_are_named(backend):
 def test_parameters_of_wrong_shapes_are_named(backend):
     x = torch.zeros(2, 5, 6, 6)
     for name, shape, message in (
-        ("p2_2.weight", (6, 4, 3, 3), r"p2_2's weight must be \[c, 3, 3, 3\], got \[6, 4, 3, 3\]"),
-        ("p3_2.weight", (3, 2, 3, 3), r"p3_2's weight must be \[c, 2, 5, 5\], got \[3, 2, 3, 3\]"),
-        ("p4_2.weight", (7, 6, 1, 1), r"p4_2's weight must be \[c, 5, 1, 1\], got \[7, 6, 1, 1\]"),
+        ("p2_2.weight", (6, 4, 3, 3), r"p2_2's weight must be \[c, 3, 3, 3\], c at least 1, got \[6, 4, 3, 3\]"),
+        ("p3_2.weight", (3, 2, 3, 3), r"p3_2's weight must be \[c, 2, 5, 5\], c at least 1, got \[3, 2, 3, 3\]"),
+        ("p4_2.weight", (7, 6, 1, 1), r"p4_2's weight must be \[c, 5, 1, 1\], c at least 1, got \[7, 6, 1, 1\]"),
         ("p4_2.bias", (8,), r"p4_2's bias must be \[7\], got \[8\]"),
-        ("p1_1.weight", (4, 5), r"p1_1's weight must be \[c, 5, 1, 1\], got \[4, 5\]"),
+        ("p1_1.weight", (4, 5), r"p1_1's weight must be \[c, 5, 1, 1\], c at least 1, got \[4, 5\]"),
     ):
         fast = block(backend)
         fast.get_parameter(name).data = torch.zeros(shape)
         with pytest.raises(ValueError, match=message):
             fast(x)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_channels_are_refused_whatever_is_recorded(backend, grad):
+    """A convolution of autograd's refuses them, and others do not."""
+    x, widths = torch.zeros(2, 5, 6, 6), {"p1_1": [0], "p2_1": [2, 4], "p2_2": [4], "p3_1": [6, 8], "p4_2": [10]}
+    for name, places in widths.items():
+        params = [p.detach().clone() for p in block(backend).parameters()]
+        first, *seconds = places
+        params[first], params[first + 1] = params[first][:0], params[first + 1][:0]
+        for second in seconds:
+            params[second] = params[second][:, :0]
+        params = [p.requires_grad_(grad) for p in params]
+        with pytest.raises(ValueError, match=rf"{name}'s weight must be \[c, .*c at least 1, got \[0, "):
+            functional.inception(x, params, backend=backend)
+    params = [p[:, :0] if p.dim() == 4 and p.shape[1] == 5 else p for p in block(backend).parameters()]
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"x must have channels, got \[2, 0, 6, 6\]"):
+        functional.inception(x[:, :0], params, backend=backend)
 
 
 def test_autocast_takes_other_floating_dtypes_and_no_integers():
