@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastinception import backends, custom_op
 from fastinception.pool_relu import is_launchable, launch
@@ -103,8 +104,18 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor |
     if grad_out is None:
         return (None,) * 6
     x, indices = ctx.saved_tensors
-    grad = torch.ops.fastinception.max_pool2d_backward(grad_out, x, *ctx.settings, indices)
-    return (grad, *(None,) * 5)
+    # A tangent of grad_out passes through plain operators only.
+    run = _max_pool2d_backward if forward_ad._current_level >= 0 else torch.ops.fastinception.max_pool2d_backward
+    return (run(grad_out, x, *ctx.settings, indices), *(None,) * 5)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[-1])
+
+
+def _differentiate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (indices,) = ctx.saved_tensors
+    return grad.flatten(2).gather(2, indices.flatten(2)).view(indices.shape), *(None,) * 7
 
 
 custom_op.define(
@@ -112,6 +123,8 @@ custom_op.define(
     f"(Tensor grad_out, Tensor x, {_SETTINGS}, Tensor indices) -> Tensor",
     _max_pool2d_backward,
     _max_pool2d_backward,
+    _differentiate_backward,
+    _setup_backward,
 )
 custom_op.define(
     "max_pool2d",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastinception import MaxPool2d, backends
 from fastinception.kernels import target
@@ -69,7 +71,32 @@ def test_opcheck(settings, format):
     torch.library.opcheck(torch.ops.fastinception.max_pool2d, args)
     torch.library.opcheck(torch.ops.fastinception.max_pool2d, (x.clone().requires_grad_(), *args[1:]))
     y, indices = torch.ops.fastinception.max_pool2d(*args)
-    torch.library.opcheck(torch.ops.fastinception.max_pool2d_backward, (torch.ones_like(y), *args, indices))
+    for grad in (torch.ones_like(y), torch.randn_like(y).requires_grad_()):
+        torch.library.opcheck(torch.ops.fastinception.max_pool2d_backward, (grad, *args, indices))
+
+
+@pytest.mark.filterwarnings("error:.*an autograd kernel was not registered")
+@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_second_and_third_derivatives_and_tangents(settings, format, dual):
+    """Compiled by a backend that leaves the derivatives to autograd."""
+    results = []
+    for pool in (nn.MaxPool2d(**settings), MaxPool2d(**settings)):
+        x, generator = image(format), torch.Generator().manual_seed(1)
+        run = torch.compile(pool, fullgraph=True, backend="eager") if type(pool) is MaxPool2d else pool
+        y = run(x)
+        first, tangent = (torch.randn(y.shape, generator=generator, dtype=y.dtype) for _ in range(2))
+        first.requires_grad_()
+        with forward_ad.dual_level() if dual else nullcontext():
+            grad = forward_ad.make_dual(first, tangent) if dual else first
+            (grad_x,) = torch.autograd.grad(y, x, grad, create_graph=True)
+            found = [grad_x, forward_ad.unpack_dual(grad_x).tangent] if dual else [grad_x]
+            (second,) = torch.autograd.grad(grad_x.pow(3).sum(), first, create_graph=True)
+            found += second, *torch.autograd.grad(second.pow(2).sum(), first)
+        results.append(found)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_everything_else_is_torchs_own():
