@@ -27,8 +27,7 @@ from fastinception.kernels.replay import Launch
 
 @triton.jit
 def _gemm_tile(
-    row_tile, first, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
-    widths, M, K, pixels, stride_on, stride_op, stride_oc, stride_mask,
+    row_tile, first, x_ptr, w_ptrs, b_ptrs, out, dense_ptrs, mask, widths, M, K, pixels,
     DIVISOR: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, AMD: tl.constexpr, PRECISION: tl.constexpr,
     SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -73,10 +72,7 @@ def _gemm_tile(
     repeated = tl.broadcast_to(b_columns.to(b_ptrs[0].dtype)[None, :], (ROWS, BLOCK_N))
     loaded = (tl.arange(0, ROWS) == 0)[:, None] & (offs_n < columns)[None, :]
     y = bias_relu(acc, tl.sum(tl.load(repeated, mask=loaded, other=0.0), axis=0), RELU)
-    store_result(
-        out_ptr, mask_ptr, y, offs_m, M, first, number(widths[0], DIVISOR),
-        pixels, stride_on, stride_op, stride_oc, stride_mask, 0, 0, SAVE, RUN,
-    )  # fmt: skip
+    store_result(out, mask, y, offs_m, M, pixels, first, number(widths[0], DIVISOR), 0, 0, SAVE, RUN)
     start = number(widths[0], DIVISOR)
     for i in tl.static_range(1, len(w_ptrs)):
         width = number(widths[i], DIVISOR)
@@ -107,6 +103,7 @@ def _entry_kernel(
     once and from the L2 cache after that. Else all GEMM tiles, then all pool tiles.
     """
     follow_predecessor(PDL)
+    out, mask = (out_ptr, stride_on, stride_op, stride_oc), (mask_ptr, stride_mask)
     columns = number(widths[0])
     for i in tl.static_range(1, len(w_ptrs)):
         columns += number(widths[i])
@@ -123,23 +120,20 @@ def _entry_kernel(
     if PART == "gemm" or (PART is None and tile < gemm_tiles):
         if LAST_N == BLOCK_N or tile < gemm_tiles - 1:
             _gemm_tile(
-                row_tile, tile * BLOCK_N, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
-                widths, M, K, H * W, stride_on, stride_op, stride_oc, stride_mask,
+                row_tile, tile * BLOCK_N, x_ptr, w_ptrs, b_ptrs, out, dense_ptrs, mask, widths, M, K, H * W,
                 DIVISOR, EVEN_K, ALIGNED, AMD, PRECISION, SAVE, RELU, RUN, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             _gemm_tile(
-                row_tile, tile * BLOCK_N, x_ptr, w_ptrs, b_ptrs, out_ptr, dense_ptrs, mask_ptr,
-                widths, M, K, H * W, stride_on, stride_op, stride_oc, stride_mask,
+                row_tile, tile * BLOCK_N, x_ptr, w_ptrs, b_ptrs, out, dense_ptrs, mask, widths, M, K, H * W,
                 DIVISOR, EVEN_K, ALIGNED, AMD, PRECISION, SAVE, RELU, RUN, BLOCK_M, LAST_N, BLOCK_K,
             )  # fmt: skip
     else:
         pool_tile = tile - gemm_tiles
         pooled_tile(
             row_tile * (BLOCK_M // POOL_M) + pool_tile // pool_column_tiles, pool_tile % pool_column_tiles,
-            x_ptr, pool_w_ptr, pool_b_ptr, out_ptr, mask_ptr, pooled_ptr, codes_ptr,
-            divisible(pool_width, DIVISOR), divisible(pool_column, DIVISOR), pool_mask_column,
-            M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
+            x_ptr, pool_w_ptr, pool_b_ptr, out, mask, pooled_ptr, codes_ptr,
+            divisible(pool_width, DIVISOR), divisible(pool_column, DIVISOR), pool_mask_column, M, K, H, W,
             DIVISOR, POOL_STEPS, PTX, MAX_ASM, PRECISION, SAVE, RELU, RUN, POOL_M, POOL_N, POOL_K,
         )  # fmt: skip
 

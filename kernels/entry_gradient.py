@@ -68,12 +68,12 @@ def _pool_gradient_kernel(
         codes = tl.load(codes_ptr + tl.max_contiguous(offsets, (1, CHUNK)), mask=mask, other=255)
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
         acc += where_code_is(codes, tap_code(tap), grad, PTX).to(dtype)
-    store_out(out_ptr, acc, offs_m, M, first, K, H * W, stride_on, stride_op, stride_oc, 0, RUN)
+    store_out((out_ptr, stride_on, stride_op, stride_oc), acc, offs_m, M, H * W, first, K, 0, RUN)
 
 
 @triton.jit
 def _entry_gradient_tile(
-    row_tile, first, g_ptr, w_ptrs, out_ptr, widths, M, K, COLUMNS, pixels, stride_on, stride_op, stride_oc,
+    row_tile, first, g_ptr, w_ptrs, out, widths, M, K, COLUMNS, pixels,
     DIVISOR: tl.constexpr, EVEN_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr, AMD: tl.constexpr, RUN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -104,7 +104,7 @@ def _entry_gradient_tile(
             g = tl.load(g_rows + j[None, :], mask=mask_k[None, :], other=0.0)
             w = tl.load(w_rows, mask=mask_k[:, None], other=0.0)
         acc = tl.dot(g, w, acc, input_precision=PRECISION, out_dtype=dtype)
-    store_out(out_ptr, acc, offs_m, M, first, K, pixels, stride_on, stride_op, stride_oc, 0, RUN, ADD=True)
+    store_out(out, acc, offs_m, M, pixels, first, K, 0, RUN, ADD=True)
 
 
 @triton.jit(do_not_specialize=["M", "COLUMNS", "pixels"])
@@ -119,19 +119,18 @@ def _entry_gradient_kernel(
     DIVISOR divides the widths. ALIGNED says that the rows of the weights are aligned to 16 bytes.
     """
     follow_predecessor(PDL)
+    out = out_ptr, stride_on, stride_op, stride_oc
     column_tiles = tl.cdiv(K, BLOCK_N)
     row_tile = tl.program_id(0) // column_tiles
     tile = tl.program_id(0) % column_tiles
     if LAST_N == BLOCK_N or tile < column_tiles - 1:
         _entry_gradient_tile(
-            row_tile, tile * BLOCK_N, g_ptr, w_ptrs, out_ptr, widths,
-            M, K, COLUMNS, pixels, stride_on, stride_op, stride_oc,
+            row_tile, tile * BLOCK_N, g_ptr, w_ptrs, out, widths, M, K, COLUMNS, pixels,
             DIVISOR, EVEN_COLUMNS, ALIGNED, PRECISION, AMD, RUN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _entry_gradient_tile(
-            row_tile, tile * BLOCK_N, g_ptr, w_ptrs, out_ptr, widths,
-            M, K, COLUMNS, pixels, stride_on, stride_op, stride_oc,
+            row_tile, tile * BLOCK_N, g_ptr, w_ptrs, out, widths, M, K, COLUMNS, pixels,
             DIVISOR, EVEN_COLUMNS, ALIGNED, PRECISION, AMD, RUN, BLOCK_M, LAST_N, BLOCK_K,
         )  # fmt: skip
 

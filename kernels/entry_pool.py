@@ -139,8 +139,8 @@ def _pool_step(
 
 @triton.jit
 def pooled_tile(
-    row_tile, column_tile, x_ptr, w_ptr, b_ptr, out_ptr, mask_ptr, pooled_ptr, codes_ptr,
-    width, column, mask_column, M, K, H, W, stride_on, stride_op, stride_oc, stride_mask,
+    row_tile, column_tile, x_ptr, w_ptr, b_ptr, out, mask, pooled_ptr, codes_ptr,
+    width, column, mask_column, M, K, H, W,
     DIVISOR: tl.constexpr, STEPS: tl.constexpr,
     PTX: tl.constexpr, MAX_ASM: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr, RELU: tl.constexpr,
     RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -163,10 +163,7 @@ def pooled_tile(
         )  # fmt: skip
 
     y = bias_relu(tl.trans(acc), tl.load(b_ptr + offs_n, mask=mask_n, other=0.0), RELU)
-    store_result(
-        out_ptr, mask_ptr, y, offs_m, M, column_tile * BLOCK_N, width,
-        H * W, stride_on, stride_op, stride_oc, stride_mask, column, mask_column, SAVE, RUN,
-    )  # fmt: skip
+    store_result(out, mask, y, offs_m, M, H * W, column_tile * BLOCK_N, width, column, mask_column, SAVE, RUN)
 
 
 def pool_steps(channels: int, depth: int) -> str:

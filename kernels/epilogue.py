@@ -40,38 +40,30 @@ def bias_relu(acc, bias, RELU: tl.constexpr):
 
 @triton.jit
 def store_result(
-    out_ptr, mask_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, stride_mask,
-    column, mask_column, SAVE: tl.constexpr, RUN: tl.constexpr,
-):  # fmt: skip
-    """Store a tile of a branch as ``store_out`` does, and with SAVE its packed ReLU mask from ``mask_column`` on."""
+    out, mask, y, offs_m, M, pixels, first, columns, column, mask_column, SAVE: tl.constexpr, RUN: tl.constexpr
+):
+    """Store a tile of a branch as ``store_out`` does, and with SAVE its packed ReLU mask from ``mask_column`` on.
+
+    ``mask`` is a pointer to the mask and its bytes in a row.
+    """
     if RUN == 0 and y.shape[1] >= WIDE:
         left, right = halves(y)
-        _store_both(
-            out_ptr, mask_ptr, left, offs_m, M, first, columns,
-            pixels, stride_on, stride_op, stride_oc, stride_mask, column, mask_column, SAVE, RUN,
-        )  # fmt: skip
-        _store_both(
-            out_ptr, mask_ptr, right, offs_m, M, first + left.shape[1], columns,
-            pixels, stride_on, stride_op, stride_oc, stride_mask, column, mask_column, SAVE, RUN,
-        )  # fmt: skip
+        _store_both(out, mask, left, offs_m, M, pixels, first, columns, column, mask_column, SAVE, RUN)
+        _store_both(out, mask, right, offs_m, M, pixels, first + left.shape[1], columns, column, mask_column, SAVE, RUN)
     else:
-        _store_both(
-            out_ptr, mask_ptr, y, offs_m, M, first, columns,
-            pixels, stride_on, stride_op, stride_oc, stride_mask, column, mask_column, SAVE, RUN,
-        )  # fmt: skip
+        _store_both(out, mask, y, offs_m, M, pixels, first, columns, column, mask_column, SAVE, RUN)
 
 
 @triton.jit
 def _store_both(
-    out_ptr, mask_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, stride_mask,
-    column, mask_column, SAVE: tl.constexpr, RUN: tl.constexpr,
-):  # fmt: skip
+    out, mask, y, offs_m, M, pixels, first, columns, column, mask_column, SAVE: tl.constexpr, RUN: tl.constexpr
+):
     # In NCHW the mask first: the output's many addresses and what both are made of would not fit the registers.
     if SAVE and RUN > 0:
-        _store_active(mask_ptr + mask_column, y, offs_m, M, first, columns, stride_mask)
-    store_out(out_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, column, RUN)
+        _store_active(mask, y, offs_m, M, first, columns, mask_column)
+    store_out(out, y, offs_m, M, pixels, first, columns, column, RUN)
     if SAVE and RUN == 0:
-        _store_active(mask_ptr + mask_column, y, offs_m, M, first, columns, stride_mask)
+        _store_active(mask, y, offs_m, M, first, columns, mask_column)
 
 
 @triton.jit
@@ -81,8 +73,10 @@ def halves(y):
 
 
 @triton.jit
-def _store_active(mask_ptr, y, offs_m, M, first, columns, stride_mask):
+def _store_active(mask, y, offs_m, M, first, columns, mask_column):
     """Store one bit an element, set where ReLU passes the gradient: channel ``8*b + i`` is bit ``i`` of byte ``b``."""
+    mask_ptr, stride_mask = mask
+    mask_ptr += mask_column
     BLOCK_M: tl.constexpr = y.shape[0]
     BLOCK_N: tl.constexpr = y.shape[1]
     offs_n = first + tl.arange(0, BLOCK_N)
@@ -101,23 +95,18 @@ def _store_active(mask_ptr, y, offs_m, M, first, columns, stride_mask):
 
 
 @triton.jit
-def store_out(
-    out_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc,
-    column, RUN: tl.constexpr, ADD: tl.constexpr = False,
-):  # fmt: skip
+def store_out(out, y, offs_m, M, pixels, first, columns, column, RUN: tl.constexpr, ADD: tl.constexpr = False):
     """Store ``y``, with ADD its sum with what is there: from channel ``first`` on, as far as there are ``columns``.
 
-    Channel c is the output's channel ``column + c``. RUN is from ``out_run``.
+    ``out`` is a pointer to the output, and what ``out_strides`` returns. Channel c is the output's channel
+    ``column + c``. RUN is from ``out_run``.
     """
     if RUN == 1:  # an address for each element: with ADD, those of all at once do not fit the registers
         left, right = halves(y)
-        _store_part(out_ptr, left, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, column, RUN, ADD)
-        _store_part(
-            out_ptr, right, offs_m, M, first + left.shape[1], columns,
-            pixels, stride_on, stride_op, stride_oc, column, RUN, ADD,
-        )  # fmt: skip
+        _store_part(out, left, offs_m, M, pixels, first, columns, column, RUN, ADD)
+        _store_part(out, right, offs_m, M, pixels, first + left.shape[1], columns, column, RUN, ADD)
     else:
-        _store_part(out_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc, column, RUN, ADD)
+        _store_part(out, y, offs_m, M, pixels, first, columns, column, RUN, ADD)
 
 
 @triton.jit
@@ -140,10 +129,8 @@ def _store_rows(out_ptr, y, offs_m, M, first, columns):
 
 
 @triton.jit
-def _store_part(
-    out_ptr, y, offs_m, M, first, columns, pixels, stride_on, stride_op, stride_oc,
-    column, RUN: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
+def _store_part(out, y, offs_m, M, pixels, first, columns, column, RUN: tl.constexpr, ADD: tl.constexpr):
+    out_ptr, stride_on, stride_op, stride_oc = out
     offs_n = first + tl.arange(0, y.shape[1])
     mask_m = offs_m < M
     if RUN == 0:  # images follow one another as pixels do
@@ -158,11 +145,11 @@ def _store_part(
         rows = tl.multiple_of(tl.max_contiguous(rows, max(RUN, 2)), RUN)
         channels = tl.multiple_of(channels, RUN)
         mask_m = tl.max_constancy(mask_m, RUN)  # of what was made here: a hint on a parameter is lost
-    out = out_ptr + rows[:, None] + channels[None, :]
+    places = out_ptr + rows[:, None] + channels[None, :]
     mask = mask_m[:, None] & (offs_n < columns)[None, :]
     if ADD:
-        y += tl.load(out, mask=mask, other=0.0).to(y.dtype)
-    tl.store(out, y, mask=mask)
+        y += tl.load(places, mask=mask, other=0.0).to(y.dtype)
+    tl.store(places, y, mask=mask)
 
 
 def is_channels_last(t: Tensor) -> bool:

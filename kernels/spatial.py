@@ -49,9 +49,8 @@ class Geometry(NamedTuple):
 
 @triton.jit
 def _conv_tile(
-    tile, first_tile, column_tiles, x_ptrs, w_ptrs, b_ptrs, out_ptr, mask_ptr,
-    in_channels, out_channels, inverses, row_inverses, columns, mask_columns,
-    M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
+    tile, first_tile, column_tiles, x_ptrs, w_ptrs, b_ptrs, out, mask,
+    in_channels, out_channels, inverses, row_inverses, columns, mask_columns, M, H, W, OUT_H, OUT_W,
     LEVEL: tl.constexpr, I: tl.constexpr, PRECISION: tl.constexpr,
     SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -84,10 +83,7 @@ def _conv_tile(
     )  # fmt: skip
 
     y = bias_relu(acc, tl.load(b_ptrs[CONV] + offs_n, mask=mask_n, other=0.0), RELU)
-    store_result(
-        out_ptr, mask_ptr, y, offs_m, M, first, O,
-        out_pixels, stride_on, stride_op, stride_oc, stride_mask, column, mask_column, SAVE, RUN,
-    )  # fmt: skip
+    store_result(out, mask, y, offs_m, M, out_pixels, first, O, column, mask_column, SAVE, RUN)
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "OUT_H", "OUT_W", "stride_mask"])
@@ -99,14 +95,14 @@ def _spatial_kernel(
 ):  # fmt: skip
     """One tile of one strip of a convolution: the tiles of all strips of the list's convolutions follow one another."""
     follow_predecessor(PDL)
+    out, mask = (out_ptr, stride_on, stride_op, stride_oc), (mask_ptr, stride_mask)
     tile = tl.program_id(0)
     for i in tl.static_range(len(LEVEL)):
         tiles = tl.cdiv(M, LEVEL[i][7]) * number(column_tiles[i])
         if (tile >= 0) & (tile < tiles):
             _conv_tile(
-                tile, number(first_tiles[i]), number(column_tiles[i]), x_ptrs, w_ptrs, b_ptrs, out_ptr, mask_ptr,
-                in_channels, out_channels, inverses, row_inverses, columns, mask_columns,
-                M, H, W, OUT_H, OUT_W, stride_on, stride_op, stride_oc, stride_mask,
+                tile, number(first_tiles[i]), number(column_tiles[i]), x_ptrs, w_ptrs, b_ptrs, out, mask,
+                in_channels, out_channels, inverses, row_inverses, columns, mask_columns, M, H, W, OUT_H, OUT_W,
                 LEVEL, i, PRECISION, SAVE, RELU, RUN, BLOCK_K,
             )  # fmt: skip
         tile -= tiles
@@ -114,7 +110,7 @@ def _spatial_kernel(
 
 @triton.jit
 def _finish_tile(
-    tile, y_ptr, b_ptr, out_ptr, mask_ptr, M, pixels, stride_on, stride_op, stride_oc, stride_mask,
+    tile, y_ptr, b_ptr, out, mask, M, pixels,
     O: tl.constexpr, COLUMN: tl.constexpr, MASK_COLUMN: tl.constexpr, BLOCK_N: tl.constexpr,
     SAVE: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -129,10 +125,7 @@ def _finish_tile(
     y = tl.load(y_ptr + rows[:, None] * O + offs_n[None, :], mask=mask_m[:, None] & mask_n[None, :], other=0.0)
     y = y.to(tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32)
     y = bias_relu(y, tl.load(b_ptr + offs_n, mask=mask_n, other=0.0), RELU)
-    store_result(
-        out_ptr, mask_ptr, y, offs_m, M, first, O,
-        pixels, stride_on, stride_op, stride_oc, stride_mask, COLUMN, MASK_COLUMN, SAVE, RUN,
-    )  # fmt: skip
+    store_result(out, mask, y, offs_m, M, pixels, first, O, COLUMN, MASK_COLUMN, SAVE, RUN)
 
 
 @triton.jit
@@ -146,14 +139,14 @@ def _library_kernel(
     Its widths are constants: only a tuned table chooses it, so that few blocks compile it.
     """
     follow_predecessor(PDL)
+    out, mask = (out_ptr, stride_on, stride_op, stride_oc), (mask_ptr, stride_mask)
     row_tiles = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0)
     for i in tl.static_range(len(LEVEL)):
         tiles = row_tiles * ((LEVEL[i][0] + LEVEL[i][3] - 1) // LEVEL[i][3])
         if (tile >= 0) & (tile < tiles):
             _finish_tile(
-                tile, y_ptrs[i], b_ptrs[i], out_ptr, mask_ptr,
-                M, pixels, stride_on, stride_op, stride_oc, stride_mask,
+                tile, y_ptrs[i], b_ptrs[i], out, mask, M, pixels,
                 LEVEL[i][0], LEVEL[i][1], LEVEL[i][2], LEVEL[i][3], SAVE, RELU, RUN, BLOCK_M,
             )  # fmt: skip
         tile -= tiles
