@@ -133,6 +133,11 @@ NEAR = 8  # times, all factors between two shapes: 2.2 between blocks of a stage
 PROGRAMS = 2
 
 
+def programs(gpu: Gpu) -> int:
+    """Return how many programs fill a GPU with weight gradients."""
+    return PROGRAMS * (gpu.processors or 132)  # without any, in the interpreter, an H100's
+
+
 def sweep(size: Sweep, gpu: Gpu) -> Sweep:
     """Return ``size``, or what the interpreter has in its place: that takes its time by operation, not by element."""
     return _INTERPRETED.get(size, size) if gpu.chip == "cpu" else size

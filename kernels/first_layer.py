@@ -184,8 +184,7 @@ def _gradient_launch_config(
 ) -> tuple[configs.LaunchConfig, int]:
     """Return the launch and its number of parts, as many as fill a GPU."""
     tiles, sizes, constants = _common(shape, weight_shape, stride, precision)
-    wanted = configs.PROGRAMS * (gpu.processors or 132)  # without any, in the interpreter, an H100's
-    steps = max(configs.FIRST_LAYER.steps, configs.cdiv(tiles, wanted))
+    steps = max(configs.FIRST_LAYER.steps, configs.cdiv(tiles, configs.programs(gpu)))
     parts = configs.cdiv(tiles, steps)
     programs = parts * configs.cdiv(weight_shape[0], constants["BLOCK_N"])
     return configs.launch_config(programs, (*sizes, tiles, steps), **constants), parts

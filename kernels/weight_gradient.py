@@ -185,8 +185,7 @@ def divide(
     images_first = n >= tiles.block_k and filled <= 1.125 * n
     images = filled if images_first else n
     steps = configs.cdiv(images * height * width, tiles.block_k)
-    wanted = configs.PROGRAMS * (gpu.processors or 132)  # without any, in the interpreter, an H100's
-    steps_of_part = max(4, configs.cdiv(steps, max(1, wanted // programs)))
+    steps_of_part = max(4, configs.cdiv(steps, max(1, configs.programs(gpu) // programs)))
     channels = max(size for product in products for size in product[:2])
     steps_of_part = min(steps_of_part, max(1, (2**31 - 1) // (tiles.block_k * channels)))
     return Division(tiles, images_first, steps, steps_of_part, configs.cdiv(steps, steps_of_part))
