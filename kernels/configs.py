@@ -10,7 +10,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -306,6 +306,12 @@ def strips(tiles: Tiles, channels: int, gpu: Gpu) -> list[Strip]:
         last_m, last_n = fit(tiles, max(left, 32), gpu)
         return [Strip(block_m, block_n, 0, whole), Strip(last_m, last_n, whole * block_n // last_n, 1)]
     return [Strip(block_m, block_n, 0, whole + (left > 0))]
+
+
+def in_turn(strips: Sequence[Strip], rows: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Return the tiles of strips that follow one another over ``rows`` pixels, and of each its first and how many."""
+    _, _, firsts, tiles = zip(*strips, strict=True)
+    return sum(cdiv(rows, strip.block_m) * strip.tiles for strip in strips), firsts, tiles
 
 
 def cdiv(size: int, block: int) -> int:

@@ -160,18 +160,18 @@ def _launch_config(
     precision: str,
 ) -> configs.LaunchConfig:
     rows = math.prod(shape)
-    level, placed, sizes, programs = [], [], [], 0
+    level, strips, sizes = [], [], []
     for i, ((out_channels, in_channels, kernel_h, kernel_w), relu, stride, column, offset) in enumerate(gradients):
         divisor = math.gcd(8, out_channels, in_channels, stride, column)
         for strip in _strips(tiles, in_channels, gpu):
             level.append((i, kernel_h, kernel_w, relu, strip.block_m, strip.block_n, divisor))
-            placed.append((strip.first, strip.tiles))
-            programs += configs.cdiv(rows, strip.block_m) * strip.tiles
+            strips.append(strip)
         sizes.append((out_channels, in_channels, *inverses(out_channels, kernel_h, kernel_w), stride, column, offset))
     options = tiles.options(gpu)
     if gpu.chip == "sm_90" and dtype.itemsize == 2 and tiles.block_m * tiles.block_n <= 64 * 32 * tiles.num_warps:
         options["maxnreg"] = 128  # two programs for an SM: left alone, ptxas takes 150 for some lists of strips
+    programs, *lists = configs.in_turn(strips, rows)
     return configs.launch_config(
-        programs, (*zip(*placed, strict=True), *zip(*sizes, strict=True), rows, *shape[1:]),
+        programs, (*lists, *zip(*sizes, strict=True), rows, *shape[1:]),
         LEVEL=tuple(level), PRECISION=precision, BLOCK_K=tiles.block_k, **options,
     )  # fmt: skip

@@ -188,46 +188,25 @@ def spatial(
     """
     specs = tuple([(c.weight.shape, c.stride, c.padding, c.column, c.mask_column) for c in convs])
     gpu = target.gpu(out.device)
-    config, tiles = _launch_config(
+    config, by_library = _launch_config(
         specs, convs[0].x.shape[2:], out.shape, is_channels_last(out), 0 if mask is None else mask.shape[1],
         out.dtype, gpu, target.input_precision(out.dtype, gpu), relu, tiles,
     )  # fmt: skip
-    if config is None:
-        _convolve(convs, out, mask, relu, tiles)
-        return None
     xs, weights, biases = (tuple([conv[i] for conv in convs]) for i in range(3))
     with target.device_of(out):
+        if by_library:
+            replay.launch(_library_kernel, config, tuple(map(_convolve, convs)), biases, out, mask)
+            return None
         return replay.launch(_spatial_kernel, config, xs, weights, biases, out, mask)
 
 
-def _convolve(convs: Sequence[Conv], out: Tensor, mask: Tensor | None, relu: bool, tiles: configs.Tiles) -> None:
-    """Compute what :func:`spatial` computes by the library; its arguments. ``tiles`` are the last launch's.
+def _convolve(conv: Conv) -> Tensor:
+    """Return a convolution by the library, in channels_last and without its bias.
 
-    Each sum of products is rounded to the dtype before its bias is added, as the library does without fusion.
+    Each sum of products is rounded to the dtype before that is added, as the library does without fusion.
     """
-    # A size of 1 leaves the layout open; elsewhere the results have it already.
-    results = [
-        F.conv2d(conv.x, conv.weight, None, conv.stride, conv.padding).contiguous(memory_format=torch.channels_last)
-        for conv in convs
-    ]
-    n, _, height, width = out.shape
-    pixels = height * width
-    level, programs = [], 0
-    for conv in convs:
-        channels = conv.weight.shape[0]
-        block_n = configs.narrow(tiles.block_n, channels)
-        level.append((channels, conv.column, conv.mask_column, block_n))
-        programs += configs.cdiv(n * pixels, tiles.block_m) * configs.cdiv(channels, block_n)
-    strides, mask_bytes = out_strides(out.shape, is_channels_last(out)), 0 if mask is None else mask.shape[1]
-    run = out_run(out.shape, is_channels_last(out))
-    gpu = target.gpu(out.device)
-    config = configs.launch_config(
-        programs, (n * pixels, pixels, *strides, mask_bytes),
-        LEVEL=tuple(level), SAVE=mask is not None, RELU=target.relu_asm(gpu, out.dtype) if relu else None,
-        RUN=run, BLOCK_M=tiles.block_m, **tiles.options(gpu),
-    )  # fmt: skip
-    with target.device_of(out):
-        replay.launch(_library_kernel, config, tuple(results), tuple(conv.bias for conv in convs), out, mask)
+    y = F.conv2d(conv.x, conv.weight, None, conv.stride, conv.padding)
+    return y.contiguous(memory_format=torch.channels_last)  # a size of 1 leaves the layout open; else it is that
 
 
 @configs.cached
@@ -242,7 +221,8 @@ def _launch_config(
     precision: str,
     relu: bool,
     tiles: configs.Tiles | None,
-) -> tuple[configs.LaunchConfig | None, configs.Tiles]:
+) -> tuple[configs.LaunchConfig, bool]:
+    """Return the launch, and whether the library computes the convolutions, which it finishes."""
     n, _, out_height, out_width = out_shape
     rows = n * out_height * out_width
     if tiles is None:
@@ -250,27 +230,34 @@ def _launch_config(
         largest = max((shape for shape, *_ in convs), key=torch.Size.numel)
         columns = max(shape[0] for shape, *_ in convs)  # of all: each convolution narrows the tile for itself
         tiles = configs.choose(kernel, rows, largest[1:].numel(), columns, dtype, gpu)
+    strides = out_strides(out_shape, channels_last)
+    constants = tiles.options(gpu) | {
+        "SAVE": mask_bytes > 0, "RELU": target.relu_asm(gpu, dtype) if relu else None,
+        "RUN": out_run(out_shape, channels_last),
+    }  # fmt: skip
     if tiles.library:
-        return None, tiles
+        widths = [(shape[0], column, mask_column) for shape, _, _, column, mask_column in convs]
+        finished = tuple([(*width, configs.narrow(tiles.block_n, width[0])) for width in widths])
+        programs = configs.cdiv(rows, tiles.block_m) * sum(configs.cdiv(o, block_n) for o, _, _, block_n in finished)
+        config = configs.launch_config(
+            programs, (rows, out_height * out_width, *strides, mask_bytes),
+            LEVEL=finished, BLOCK_M=tiles.block_m, **constants,
+        )  # fmt: skip
+        return config, True
     level: list[Geometry] = []
-    placed: list[tuple[int, int]] = []
+    strips: list[configs.Strip] = []
     sizes: list[tuple[int | None, ...]] = []
-    programs = 0
     for i, ((out_channels, in_channels, kernel_h, kernel_w), stride, padding, column, mask_column) in enumerate(convs):
         if kernel_h * kernel_w > 31:
             raise ValueError(f"a convolution of at most 31 taps was expected, got {kernel_h}x{kernel_w}")
         divisor = math.gcd(8, in_channels, out_channels, column)
         for strip in configs.strips(tiles, out_channels, gpu):
             level.append(Geometry(i, kernel_h, kernel_w, *stride, *padding, strip.block_m, strip.block_n, divisor))
-            placed.append((strip.first, strip.tiles))
-            programs += configs.cdiv(rows, strip.block_m) * strip.tiles
+            strips.append(strip)
         sizes.append((in_channels, out_channels, *inverses(in_channels, kernel_h, kernel_w), column, mask_column))
-    lists = *zip(*placed, strict=True), *zip(*sizes, strict=True)
-    strides = out_strides(out_shape, channels_last)
+    programs, *lists = configs.in_turn(strips, rows)
     config = configs.launch_config(
-        programs, (*lists, rows, *size, out_height, out_width, *strides, mask_bytes),
-        LEVEL=tuple(tuple(geometry) for geometry in level), PRECISION=precision, SAVE=mask_bytes > 0,
-        RELU=target.relu_asm(gpu, dtype) if relu else None,
-        RUN=out_run(out_shape, channels_last), BLOCK_K=tiles.block_k, **tiles.options(gpu),
+        programs, (*lists, *zip(*sizes, strict=True), rows, *size, out_height, out_width, *strides, mask_bytes),
+        LEVEL=tuple(map(tuple, level)), PRECISION=precision, BLOCK_K=tiles.block_k, **constants,
     )  # fmt: skip
-    return config, tiles
+    return config, False
