@@ -21,7 +21,7 @@ from fastinception.kernels.epilogue import (
     store_result,
     store_rows,
 )
-from fastinception.kernels.operands import before, choosable, divisible, matrix_of, number
+from fastinception.kernels.operands import before, choosable, divisible, matrix_of, number, sum_dtype
 from fastinception.kernels.replay import Launch
 
 
@@ -48,7 +48,7 @@ def _gemm_tile(
 
     # Rows past the end read the last row instead of a masked one: their results are never stored.
     x_rows = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None] * K
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=sum_dtype(x_ptr.dtype))
     for k in range(0, K, BLOCK_K):
         w_tile = w_rows[None, :] + (k + offs_k)[:, None]
         if EVEN_K:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastinception.kernels import configs, replay, target
 from fastinception.kernels.entry_pool import tap_code
 from fastinception.kernels.epilogue import follow_predecessor, is_channels_last, out_run, out_strides, store_out
-from fastinception.kernels.operands import before, divisible, matrix_of
+from fastinception.kernels.operands import before, divisible, matrix_of, sum_dtype
 from fastinception.kernels.replay import Launch
 
 
@@ -55,7 +55,7 @@ def _pool_gradient_kernel(
     mask_n = offs_n < K
     h = offs_m // W % H
     w = offs_m % W
-    dtype: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = sum_dtype(grad_ptr.dtype)
     CHUNK: tl.constexpr = 128 // grad_ptr.dtype.element_ty.primitive_bitwidth
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=dtype)
     for tap in tl.static_range(9):  # the pixel is this tap of the window around (h - dh, w - dw)
@@ -88,7 +88,7 @@ def _entry_gradient_tile(
     CHUNK: tl.constexpr = 128 // g_ptr.dtype.element_ty.primitive_bitwidth if ALIGNED else 1  # divides K
     stride = divisible(K, CHUNK)
     w_offsets = (offs_k * stride)[:, None] + before(offs_n, stride, CHUNK)[None, :]
-    dtype: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = sum_dtype(g_ptr.dtype)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=dtype)
     for k in range(0, COLUMNS, BLOCK_K):
         j = k + offs_k

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fastinception.kernels.epilogue import bias_relu, store_result
-from fastinception.kernels.operands import before
+from fastinception.kernels.operands import before, sum_dtype
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def pooled_tile(
     up, down, left, right, middle, inner = borders((pixel // W) % H, pixel % W, H, W)
 
     # The product is transposed, [BLOCK_N, BLOCK_M]: sm_90 takes pooled from shared memory as the right operand.
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=sum_dtype(x_ptr.dtype))
     w_rows = w_ptr + (before(offs_n, width, DIVISOR) * K)[:, None]
     mask_saved = offs_m < tl.where(column_tile == 0, M, 0)
     for k in tl.range(0, K, BLOCK_K, num_stages=1):  # nine loads a step: pipelined, they take 96 KB

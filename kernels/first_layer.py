@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
 from fastinception.kernels.epilogue import bias_relu
-from fastinception.kernels.operands import divisible
+from fastinception.kernels.operands import divisible, sum_dtype
 from fastinception.kernels.replay import Launch
 from fastinception.kernels.sums import Sum, add_up
 
@@ -77,7 +77,7 @@ def _first_layer_kernel(
     weights = w_ptr + (offs_n * (KH * KW * C))[None, :] + (i * (KW * C) + j)[:, None]
     weight = tl.load(weights, mask=((i < KH) & (j < KW * C))[:, None] & mask_n[None, :], other=0.0)
     bias = tl.load(b_ptr + offs_n, mask=mask_n, other=0.0)
-    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = sum_dtype(x_ptr.dtype)
     n, h, w = _place(first, OUT_H, OUT_W, BLOCK_M)
     for _ in range(first, tl.minimum(first + steps, tiles)):
         offs_w = w + tl.arange(0, BLOCK_M)
@@ -105,7 +105,7 @@ def _first_layer_gradient_kernel(
     offs_n = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < O
     i, j = tl.arange(0, BLOCK_K) // ROW, tl.arange(0, BLOCK_K) % ROW
-    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = sum_dtype(x_ptr.dtype)
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=dtype)
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=dtype)
     n, h, w = _place(part * steps, OUT_H, OUT_W, BLOCK_M)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastinception.kernels.operands import before, number
+from fastinception.kernels.operands import before, number, sum_dtype
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def implicit_gemm(
         weights = w_ptr + ((KH * KW - 1) * O + offs_k * (KH * KW * O))[:, None] + columns[None, :]
     else:
         weights = w_ptr + (columns * (KH * KW * C))[None, :]
-    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = sum_dtype(x_ptr.dtype)
     acc = tl.zeros((h.shape[0], offs_n.shape[0]), dtype=dtype)
     for k in range(0, KH * KW * C, BLOCK_K):
         j = k + offs_k

@@ -4,6 +4,12 @@ import triton
 import triton.language as tl
 
 
+@triton.constexpr_function
+def sum_dtype(pointer):
+    """Return the dtype in which what a pointer of this type leads to is added up."""
+    return tl.float64 if pointer.element_ty == tl.float64 else tl.float32
+
+
 @triton.jit
 def number(listed, DIVISOR: tl.constexpr = 1):
     """Return a number of a list, as ``configs.as_list`` made it one; DIVISOR divides it, as the compiler sees."""

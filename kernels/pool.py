@@ -11,6 +11,7 @@ from fastinception.kernels import configs, replay, target
 from fastinception.kernels.entry_gradient import where_code_is
 from fastinception.kernels.entry_pool import borders, own_codes, tap_code, window_maximum
 from fastinception.kernels.epilogue import bias_relu
+from fastinception.kernels.operands import sum_dtype
 from fastinception.kernels.replay import Launch
 from fastinception.kernels.sums import Sum, add_up
 
@@ -40,7 +41,7 @@ def _max_pool_kernel(
     )
     if RELU is not None:
         # As PyTorch adds it: to what is rounded, and a maximum commutes with rounding and with adding what is finite.
-        sums = pooled.to(tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
+        sums = pooled.to(sum_dtype(x_ptr.dtype))
         if b_ptr is not None:
             bias = tl.load(b_ptr + offs_n, mask=mask_n, other=0.0)
         else:
@@ -81,7 +82,7 @@ def _max_pool_gradient_kernel(
     part = tl.program_id(0) // column_tiles
     offs_n = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < C
-    dtype: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = sum_dtype(grad_ptr.dtype)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=dtype)
     for step in range(steps):
         offs_m = (part * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)

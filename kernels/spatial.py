@@ -25,7 +25,7 @@ from fastinception.kernels.epilogue import (
     store_result,
 )
 from fastinception.kernels.implicit_gemm import implicit_gemm, inverses
-from fastinception.kernels.operands import number
+from fastinception.kernels.operands import number, sum_dtype
 from fastinception.kernels.replay import Launch
 
 
@@ -123,7 +123,7 @@ def _finish_tile(
     mask_n = offs_n < O
     rows = offs_m.to(tl.int64)
     y = tl.load(y_ptr + rows[:, None] * O + offs_n[None, :], mask=mask_m[:, None] & mask_n[None, :], other=0.0)
-    y = y.to(tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32)
+    y = y.to(sum_dtype(y_ptr.dtype))
     y = bias_relu(y, tl.load(b_ptr + offs_n, mask=mask_n, other=0.0), RELU)
     store_result(out, mask, y, offs_m, M, pixels, first, O, COLUMN, MASK_COLUMN, SAVE, RUN)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
 from fastinception.kernels.epilogue import run_of
-from fastinception.kernels.operands import number_of, pointer_of
+from fastinception.kernels.operands import number_of, pointer_of, sum_dtype
 from fastinception.kernels.replay import Launch
 
 
@@ -53,7 +53,7 @@ def _split_kernel(
     offs_b = (tile % column_tiles) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
     mask_n = offs_n < width
     channels = (column + offs_n).to(tl.int64) * stride_gc
-    dtype: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = sum_dtype(grad_ptr.dtype)
     # A sum over all rows would have each step wait for all threads: where channels lie side by side, each adds up its
     # own rows, which are 16 apart. Where pixels do, it has rows side by side.
     SUMS: tl.constexpr = 1 if RUN else 16

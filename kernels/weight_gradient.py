@@ -15,7 +15,7 @@ from torch import Tensor
 from fastinception.kernels import configs, replay, target
 from fastinception.kernels.epilogue import follow_predecessor
 from fastinception.kernels.implicit_gemm import taps_inside
-from fastinception.kernels.operands import before, number, number_of, pointer_of
+from fastinception.kernels.operands import before, number, number_of, pointer_of, sum_dtype
 from fastinception.kernels.replay import Launch
 
 
@@ -56,7 +56,7 @@ def _product_tile(
     tap_h = j // (KW * C) - KH // 2
     tap_w = j // C % KW - KW // 2
     x_columns = (tap_h * W + tap_w) * C + j % C
-    dtype: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = sum_dtype(g_ptr.dtype)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=dtype)
     first_step = part * steps_of_part
     # Of the first step; of each next one by additions, as divisions take most of a step's instructions.
