@@ -118,7 +118,7 @@ def test_training_is_that_of_the_layers(which, channels, dtype, launches):
     if which == 1:
         x.requires_grad_()
     results = []
-    for run in (own, functools.partial(by_layers, own)):
+    for run in (own, layers(own)):
         y = run(x)
         upstream = torch.randint(0, 2, y.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         inputs = [*own.parameters(), *([x] if x.requires_grad else [])]
@@ -141,7 +141,7 @@ def test_what_is_frozen_gets_no_gradient(frozen, launches):
     for name, p in conv.named_parameters():
         p.requires_grad_(frozen not in (name, "convolution"))
     inputs = [p for p in own.parameters() if p.requires_grad]
-    found, expected = (torch.autograd.grad(run(x).sum(), inputs) for run in (own, functools.partial(by_layers, own)))
+    found, expected = (torch.autograd.grad(run(x).sum(), inputs) for run in (own, layers(own)))
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
     assert launches == (TRAINED if conv.bias.requires_grad else TRAINED[:2])
@@ -152,7 +152,7 @@ def test_training_under_autocast_is_in_its_dtype(launches):
     """In float16, which the kernels take on a CPU; layers in front may be computed in float32 there."""
     own, x = by_triton(1)
     results = []
-    for run in (own, functools.partial(by_layers, own)):
+    for run in (own, layers(own)):
         with torch.autocast("cpu", torch.float16):
             y = run(x)
         results.append([y, *torch.autograd.grad(y.float().sum(), [*own.parameters()])])

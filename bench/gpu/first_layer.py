@@ -1,4 +1,4 @@
-"""Time the network's first convolution, of images of one channel: the library's, and Triton's in its place."""
+"""Time the network's first stage, of images of one channel: the library's convolution and pool, and Triton's."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from bench.gpu.kernels import SIZES
 from fastinception import Conv2d, first_layer
 
 STRIDE, PADDING = 2, 3
+POOL = [3, 3], [2, 2], [1, 1]
 
 
 def cases(context: Context) -> list[Case]:
-    """List the convolution at both sizes; in a dry run at one so small that the interpreter runs it."""
+    """List the stage at both sizes; in a dry run at one so small that the interpreter runs it."""
     sizes = ((2, 32),) if context.dry else SIZES
     return [Case(f"{batch}x{side}x{side}", partial(_case, batch, side, context)) for batch, side in sizes]
 
@@ -44,6 +45,30 @@ def _case(batch: int, side: int, context: Context) -> list[Row]:
         found: Tensor = torch.ops.fastinception.first_layer_backward(grad, x, weight, STRIDE, [False, True, True])[1]
         return found
 
+    y = F.conv2d(x, weight, None, *settings)
+    pooled, codes = torch.ops.fastinception.max_pool_relu(y, bias, True)
+    grad_pooled = torch.randn_like(pooled)
+
+    def pool(y: Tensor = y, bias: Tensor = bias) -> tuple[Tensor, Tensor, Tensor]:
+        rectified = F.relu(y + bias.view(-1, 1, 1))
+        return rectified, *torch.ops.aten.max_pool2d_with_indices(rectified, *POOL)
+
+    def pool_backward(grad: Tensor, rectified: Tensor, indices: Tensor) -> Tensor:
+        unpooled = torch.ops.aten.max_pool2d_with_indices_backward(grad, rectified, *POOL, [1, 1], False, indices)
+        found: Tensor = torch.ops.aten.threshold_backward(unpooled, rectified, 0)
+        found.sum((0, 2, 3))  # the bias's
+        return found
+
+    def pool_by_triton() -> Tensor:
+        found: Tensor = torch.ops.fastinception.max_pool_relu(y, bias, True)[0]
+        return found
+
+    def pool_backward_by_triton() -> Tensor:
+        needs = [True, True]
+        found: Tensor = torch.ops.fastinception.max_pool_relu_backward(grad_pooled, codes, *y.shape[2:], needs)[0]
+        return found
+
+    rectified, _, indices = pool()
     runs: dict[str, dict[str, Callable[[], Tensor]]] = {
         "forward": {
             "plain forward": forward,
@@ -53,12 +78,23 @@ def _case(batch: int, side: int, context: Context) -> list[Row]:
             "plain backward": backward,
             "backward": by_triton,
         },
+        "pool": {
+            "plain pool": lambda: pool()[1],
+            "pool": pool_by_triton,
+        },
+        "pool backward": {
+            "plain pool backward": partial(pool_backward, grad_pooled, rectified, indices),
+            "pool backward": pool_backward_by_triton,
+        },
     }
     with unsearched():
         exact = x.double(), weight.double()
+        exact_rectified, exact_pooled, exact_indices = pool(y.double(), bias.double())
         truth = {
             "forward": F.relu(F.conv2d(*exact, bias.double(), *settings)),
             "backward": backward(grad.double(), *exact),
+            "pool": exact_pooled,
+            "pool backward": pool_backward(grad_pooled.double(), exact_rectified, exact_indices),
         }
     rows = []
     for direction, ways in runs.items():
