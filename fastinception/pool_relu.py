@@ -10,6 +10,8 @@ from torch.autograd import forward_ad
 
 from fastinception import custom_op
 
+_NONE = 255  # as in kernels/pool.py, which imports Triton: of a window whose ReLU lets no gradient through
+
 
 def is_launchable(x: Tensor) -> bool:
     """Tell whether :func:`launch` takes x, and returns the format that ATen would."""
@@ -17,7 +19,11 @@ def is_launchable(x: Tensor) -> bool:
 
 
 def launch(x: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
-    """Return ``max_pool2d(x, 3, 2, 1)`` of x in channels_last, with ``relu`` the ReLU of its sum with the bias."""
+    """Return ``max_pool2d(x, 3, 2, 1) + bias`` of x in channels_last, with ``relu`` its ReLU.
+
+    Values are those of the bias in front of the pool. The gradient goes to the first of the numbers that are equal
+    before the bias: after it, rounding makes more of them equal.
+    """
     if custom_op.is_recorded((x,) if bias is None else (x, bias)):
         out, _ = torch.ops.fastinception.max_pool_relu(x, bias, relu)
         return cast(Tensor, out)
@@ -28,9 +34,12 @@ def launch(x: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tens
     return out
 
 
+def _pooled(height: int, width: int) -> tuple[int, int]:
+    return (height + 1) // 2, (width + 1) // 2
+
+
 def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
-    n, channels, height, width = x.shape
-    shape = n, channels, (height + 1) // 2, (width + 1) // 2
+    shape = *x.shape[:2], *_pooled(*x.shape[2:])
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -58,11 +67,11 @@ def _run_backward(grad_out: Tensor, codes: Tensor, height: int, width: int, need
     from fastinception.kernels.pool import max_pool_gradient
 
     grad_x, grad_bias = _templates(grad_out, height, width)
-    if not codes.shape == grad_out.shape == _empty(grad_x.to("meta"), codes.dtype).shape:
+    if codes.shape != grad_out.shape or codes.shape[2:] != _pooled(height, width):
         raise RuntimeError("x or what was saved has another shape in the backward than in the forward")
     grad, codes = (t.contiguous(memory_format=torch.channels_last) for t in (grad_out, codes))
     max_pool_gradient(grad, codes, grad_x, grad_bias if needs[1] else None)
-    found = [grad if need else None for grad, need in zip((grad_x, grad_bias), needs, strict=True)]
+    found = [result if need else None for result, need in zip((grad_x, grad_bias), needs, strict=True)]
     return custom_op.without_none(found, like=grad_out)
 
 
@@ -71,7 +80,7 @@ def _differentiable(
 ) -> tuple[Tensor | None, ...]:
     """Return what the backward does by operators that have a derivative."""
     out_height, out_width = grad_out.shape[2:]
-    passes = codes != 255
+    passes = codes != _NONE
     row, column = ((code - code // 3).long() for code in (codes // 4 % 4, codes % 4))
     row = row + 2 * torch.arange(out_height, device=codes.device)[:, None] - 1
     column = column + 2 * torch.arange(out_width, device=codes.device) - 1

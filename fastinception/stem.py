@@ -54,7 +54,8 @@ class Stage(nn.Sequential):
 
     On a GPU, where ``backend`` lets Triton run, in eager mode in channels_last, the library's convolution gets its
     bias, pool and ReLU in one launch, and its gradient in one: PyTorch passes over it for the bias and for the ReLU,
-    and its pool writes an int64 index for each maximum.
+    and its pool writes an int64 index for each maximum. Among numbers that only the bias's rounding makes equal, the
+    gradient goes to the largest before it, not to the first.
 
     Where one of these layers is hooked, patched or of another class, in a program that is traced or exported, and under
     transforms and modes, it is the ``nn.Sequential`` that it looks like. A slice is one always.
@@ -133,7 +134,11 @@ def _in_parts(x: Tensor, conv: nn.Conv2d, relu: nn.ReLU, pool: nn.MaxPool2d) -> 
 def _in_few_launches(
     backend: str, x: Tensor, front: list[Any], conv: nn.Conv2d, relu: nn.ReLU, pool: nn.MaxPool2d
 ) -> Tensor:
-    if [*map(type, front)] == [nn.Conv2d, nn.ReLU] and _is_launched(backend, x, front[0]) and _is_one(x, front[0]):
+    if (
+        [*map(type, front)] == [nn.Conv2d, nn.ReLU]
+        and _is_launched(backend, x, front[0])
+        and _is_one_launch(x, front[0])
+    ):
         x = _conv_relu(x, front[0])
     else:
         x = _run(front, x, backend)
@@ -149,7 +154,7 @@ def _in_few_launches(
     if bias is not None:
         bias = bias.to(y.dtype)
     # Images of one channel have both formats, and what their convolution has is the library's choice.
-    if is_launchable(y) and backends.by_triton(backend, y):
+    if is_launchable(y) and backends.are_countable(y) and target.unsupported(y.device, y.dtype) is None:
         return launch(y, bias, relu=True)
     return cast(Tensor, relu(pool(y if bias is None else y.add_(bias.view(-1, 1, 1)))))
 
@@ -169,7 +174,7 @@ def _conv_relu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return out
 
 
-def _is_one(x: Tensor, conv: nn.Conv2d) -> bool:
+def _is_one_launch(x: Tensor, conv: nn.Conv2d) -> bool:
     """Tell whether a convolution and its ReLU are one launch: a matrix product, in inference."""
     settings = conv.kernel_size, conv.stride, conv.padding
     product = settings == ((1, 1), (1, 1), (0, 0)) and conv.weight.is_contiguous() and is_launchable(x)

@@ -11,31 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
-from fastinception.kernels.entry_pool import tap_code
+from fastinception.kernels.entry_pool import tap_code, where_code_is
 from fastinception.kernels.epilogue import follow_predecessor, is_channels_last, out_run, out_strides, store_out
 from fastinception.kernels.operands import before, divisible, matrix_of, sum_dtype
 from fastinception.kernels.replay import Launch
-
-
-@triton.jit
-def where_code_is(codes, CODE: tl.constexpr, grad, PTX: tl.constexpr):
-    """Return ``grad`` where ``codes`` are CODE, else 0; by PTX of 16-bit types, two at a time."""
-    if PTX:  # bytes, compared as float16 of which none is a normal number, give 16 bits each to mask the gradient by
-        return tl.inline_asm_elementwise(
-            """{
-                .reg .b32 two, others;
-                prmt.b32 two, $2, 0, 0x4140;
-                prmt.b32 others, $2, 0, 0x4342;
-                set.eq.u32.f16x2 two, two, $5;
-                set.eq.u32.f16x2 others, others, $6;
-                and.b32 $0, two, $3;
-                and.b32 $1, others, $4;
-            }""",
-            "=&r,=&r,r,r,r,r,r", [codes, grad, tl.full(codes.shape, CODE, tl.int16)],
-            dtype=grad.dtype, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        return tl.where(codes == CODE, grad, 0.0)
 
 
 @triton.jit(do_not_specialize=["M", "H", "W"])

@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
-from fastinception.kernels.entry_gradient import where_code_is
-from fastinception.kernels.entry_pool import borders, own_codes, tap_code, window_maximum
+from fastinception.kernels.entry_pool import borders, own_codes, tap_code, where_code_is, window_maximum
 from fastinception.kernels.epilogue import bias_relu
 from fastinception.kernels.operands import sum_dtype
 from fastinception.kernels.replay import Launch
@@ -23,9 +22,9 @@ def _max_pool_kernel(
     x_ptr, b_ptr, out_ptr, codes_ptr, M, C, H, W, OUT_H, OUT_W,
     MAX_ASM: tl.constexpr, RELU: tl.constexpr, SAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``relu(max_pool2d(x, 3, 2, 1) + b)`` for BLOCK_M of M output pixels x BLOCK_N channels, without RELU the pool.
+    """``relu(max_pool2d(x, 3, 2, 1) + b)`` for BLOCK_M of M output pixels x BLOCK_N channels, each part of it if asked.
 
-    SAVE keeps the code of each window's maximum.
+    SAVE keeps the code of each window's maximum, the first one's of numbers that are equal before the bias.
     """
     column_tiles = tl.cdiv(C, BLOCK_N)
     offs_m = (tl.program_id(0) // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -39,7 +38,7 @@ def _max_pool_kernel(
     pooled, codes = window_maximum(
         x_ptr, (n * H + h) * W + w, up, down, left, right, offs_n, mask_n, C, True, MAX_ASM, SAVE
     )
-    if RELU is not None:
+    if RELU is not None or b_ptr is not None:
         # As PyTorch adds it: to what is rounded, and a maximum commutes with rounding and with adding what is finite.
         sums = pooled.to(sum_dtype(x_ptr.dtype))
         if b_ptr is not None:
@@ -84,7 +83,7 @@ def _max_pool_gradient_kernel(
     mask_n = offs_n < C
     dtype: tl.constexpr = sum_dtype(grad_ptr.dtype)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=dtype)
-    for step in range(steps):
+    for step in range(tl.minimum(steps, tl.cdiv(M, BLOCK_M) - part * steps)):  # pixels behind M may be beyond int32
         offs_m = (part * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         h = offs_m // OUT_W % OUT_H
@@ -119,11 +118,11 @@ def _max_pool_gradient_kernel(
 
 
 def max_pool(x: Tensor, bias: Tensor | None, out: Tensor, codes: Tensor | None = None, *, relu: bool = False) -> Launch:
-    """Write ``max_pool2d(x, 3, 2, 1)``, with ``relu`` the ReLU of its sum with bias, on x's device and current stream.
+    """Write ``max_pool2d(x, 3, 2, 1) + bias``, with ``relu`` its ReLU, on x's device and current stream.
 
     Args:
         x: ``[N, C, H, W]``, contiguous in channels_last.
-        bias: ``[C]``, contiguous, x's dtype, or None; only with ``relu``.
+        bias: ``[C]``, contiguous, x's dtype, or None.
         out: ``[N, C, (H + 1) // 2, (W + 1) // 2]``, contiguous in channels_last, x's dtype.
         codes: uint8, out's shape and strides, gets what :func:`max_pool_gradient` needs, or None.
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastinception import FastInception
+from fastinception import FastInception, backends
 
 pytest.importorskip("triton")
 
@@ -275,6 +275,19 @@ def test_addresses_beyond_two_to_the_31_elements_in_the_stems_pool(monkeypatch):
     notes.once(pool_module, "_max_pool_kernel")
     pool_module.max_pool(x, bias, out)
     notes.assert_inside(x, out, bias)
+
+
+@needs_interpreter
+def test_the_last_steps_of_the_stems_pool_gradient_do_not_pass_two_to_the_31_pixels(monkeypatch):
+    """By as many tiles as they would be beyond the images."""
+    pixels, notes = backends._MOST_PIXELS, Notes(monkeypatch)
+    grad, out, codes = huge(pixels, 2), huge(pixels, 2), huge(pixels, 2, dtype=torch.uint8)
+    monkeypatch.setattr(target, "gpu", lambda device: target.Gpu("cpu", "cpu", 21_183))
+    config, parts = pool_module._gradient_launch_config(out.shape, out.dtype, target.gpu(out.device))
+    assert parts * config.sizes[-1] * config.constants["BLOCK_M"] > 2**31 + 128
+    notes.once(pool_module, "_max_pool_gradient_kernel")
+    pool_module.max_pool_gradient(grad, codes, out)
+    notes.assert_inside(grad, codes, out)
 
 
 @needs_interpreter

@@ -1,4 +1,4 @@
-"""The max pool by Triton where it trains: PyTorch's values and gradients, by a byte for each maximum."""
+"""The max pool by Triton where it trains: PyTorch's values and, rounding aside, gradients, by a byte a maximum."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_opcheck(before):
 
 
 @pytest.mark.parametrize("wanted", ["x", "bias", "both", "result"])
-def test_only_what_is_asked_for_is_computed(wanted):
+def test_only_what_is_asked_for_is_returned(wanted):
     torch.manual_seed(0)
     x, bias, relu = operands("bias", 2, 3, 5, 6)
     assert bias is not None
@@ -127,6 +127,20 @@ def test_gradients_of_any_strides_and_what_was_saved_elsewhere():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
         found = torch.autograd.grad(launched(x, None, relu).sum(), x)
     assert torch.equal(*found, *torch.autograd.grad(by_layers(x, None, relu).sum(), x))
+
+
+def test_the_largest_before_the_bias_gets_the_gradient():
+    """Where the sums are rounded to one number, whose first PyTorch takes."""
+    x = torch.tensor([0.25, 0.5], dtype=torch.float16).view(1, 1, 1, 2).contiguous(memory_format=CL).requires_grad_()
+    bias = torch.tensor([2048.0], dtype=torch.float16)
+    ours, theirs = (torch.autograd.grad(run(x, bias, True).sum(), x)[0].tolist() for run in (launched, by_layers))
+    assert (ours, theirs) == ([[[[0.0, 1.0]]]], [[[[1.0, 0.0]]]])
+
+
+def test_a_bias_without_a_relu():
+    x, bias, _ = operands("bias", 2, 3, 6, 6)
+    for ours, theirs in zip(gradients(launched, x, bias, False), gradients(by_layers, x, bias, False), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_what_changed_its_shape_is_refused():
