@@ -154,7 +154,7 @@ def _in_few_launches(
     if bias is not None:
         bias = bias.to(y.dtype)
     # Images of one channel have both formats, and what their convolution has is the library's choice.
-    if is_launchable(y) and backends.are_countable(y) and target.unsupported(y.device, y.dtype) is None:
+    if is_launchable(y) and backends.are_countable(y):
         return launch(y, bias, relu=True)
     return cast(Tensor, relu(pool(y if bias is None else y.add_(bias.view(-1, 1, 1)))))
 
