@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from fastinception import custom_op
 
-_NONE = 255  # as in kernels/pool.py, which imports Triton: of a window whose ReLU lets no gradient through
+_NONE = 255  # as in kernels/entry_pool.py, which imports Triton: of a window whose ReLU lets no gradient through
 
 
 def is_launchable(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
-from fastinception.kernels.entry_pool import tap_code, where_code_is
+from fastinception.kernels.entry_pool import tap_code, where_code_is, window_gradients
 from fastinception.kernels.epilogue import follow_predecessor, is_channels_last, out_run, out_strides, store_out
 from fastinception.kernels.operands import before, divisible, matrix_of, sum_dtype
 from fastinception.kernels.replay import Launch
@@ -35,17 +35,12 @@ def _pool_gradient_kernel(
     h = offs_m // W % H
     w = offs_m % W
     dtype: tl.constexpr = sum_dtype(grad_ptr.dtype)
-    CHUNK: tl.constexpr = 128 // grad_ptr.dtype.element_ty.primitive_bitwidth
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=dtype)
     for tap in tl.static_range(9):  # the pixel is this tap of the window around (h - dh, w - dw)
         dh = tap // 3 - 1
         dw = tap % 3 - 1
         inside = mask_m & (h - dh >= 0) & (h - dh < H) & (w - dw >= 0) & (w - dw < W)
-        mask = inside[:, None] & mask_n[None, :]
-        offsets = (offs_m - dh * W - dw).to(tl.int64)[:, None] * K + offs_n[None, :]
-        # 16 bytes of codes a thread, in the layout of both, would take every second 16 bytes of the gradient at a time.
-        codes = tl.load(codes_ptr + tl.max_contiguous(offsets, (1, CHUNK)), mask=mask, other=255)
-        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
+        grad, codes = window_gradients(grad_ptr, codes_ptr, offs_m - dh * W - dw, offs_n, inside, mask_n, K)
         acc += where_code_is(codes, tap_code(tap), grad, PTX).to(dtype)
     store_out((out_ptr, stride_on, stride_op, stride_oc), acc, offs_m, M, H * W, first, K, 0, RUN)
 

@@ -8,6 +8,8 @@ import triton.language as tl
 from fastinception.kernels.epilogue import bias_relu, store_result
 from fastinception.kernels.operands import before, sum_dtype
 
+NONE = tl.constexpr(255)  # the code of a window of which no pixel gets a gradient
+
 
 @triton.jit
 def maximum(a, b, ASM: tl.constexpr):
@@ -101,6 +103,17 @@ def window_maximum(
         else:
             pooled = maximum(pooled, value, MAX_ASM)
     return pooled, codes
+
+
+@triton.jit
+def window_gradients(grad_ptr, codes_ptr, offs_m, offs_n, mask_m, mask_n, K):
+    """Return the gradients and the codes of windows, outside of the masks the code of none."""
+    CHUNK: tl.constexpr = 128 // grad_ptr.dtype.element_ty.primitive_bitwidth
+    offsets = offs_m.to(tl.int64)[:, None] * K + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    # 16 bytes of codes a thread, in the layout of both, would take every second 16 bytes of the gradient at a time.
+    codes = tl.load(codes_ptr + tl.max_contiguous(offsets, (1, CHUNK)), mask=mask, other=NONE)
+    return tl.load(grad_ptr + offsets, mask=mask, other=0.0), codes
 
 
 @triton.jit

@@ -8,13 +8,19 @@ import triton.language as tl
 from torch import Tensor
 
 from fastinception.kernels import configs, replay, target
-from fastinception.kernels.entry_pool import borders, own_codes, tap_code, where_code_is, window_maximum
+from fastinception.kernels.entry_pool import (
+    NONE,
+    borders,
+    own_codes,
+    tap_code,
+    where_code_is,
+    window_gradients,
+    window_maximum,
+)
 from fastinception.kernels.epilogue import bias_relu
 from fastinception.kernels.operands import sum_dtype
 from fastinception.kernels.replay import Launch
 from fastinception.kernels.sums import Sum, add_up
-
-NONE = tl.constexpr(255)  # the code of a window whose ReLU lets no gradient through
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "OUT_H", "OUT_W"])
@@ -57,16 +63,6 @@ def _max_pool_kernel(
         tl.store(codes_ptr + tl.max_contiguous(out, (1, CHUNK)), codes, mask=mask)
 
 
-@triton.jit
-def _windows(grad_ptr, codes_ptr, offs_m, offs_n, mask_m, mask_n, C):
-    """Return the gradients and the codes of windows, outside of the masks codes of none."""
-    CHUNK: tl.constexpr = 128 // grad_ptr.dtype.element_ty.primitive_bitwidth
-    offsets = offs_m.to(tl.int64)[:, None] * C + offs_n[None, :]
-    mask = mask_m[:, None] & mask_n[None, :]
-    codes = tl.load(codes_ptr + tl.max_contiguous(offsets, (1, CHUNK)), mask=mask, other=NONE)
-    return tl.load(grad_ptr + offsets, mask=mask, other=0.0), codes
-
-
 @triton.jit(do_not_specialize=["M", "H", "W", "OUT_H", "OUT_W", "steps"])
 def _max_pool_gradient_kernel(
     grad_ptr, codes_ptr, out_ptr, partials_ptr, M, C, H, W, OUT_H, OUT_W, steps,
@@ -90,10 +86,12 @@ def _max_pool_gradient_kernel(
         w = offs_m % OUT_W
         beside = mask_m & (w + 1 < OUT_W)
         below = mask_m & (h + 1 < OUT_H)
-        g, codes = _windows(grad_ptr, codes_ptr, offs_m, offs_n, mask_m, mask_n, C)
-        g_beside, codes_beside = _windows(grad_ptr, codes_ptr, offs_m + 1, offs_n, beside, mask_n, C)
-        g_below, codes_below = _windows(grad_ptr, codes_ptr, offs_m + OUT_W, offs_n, below, mask_n, C)
-        g_both, codes_both = _windows(grad_ptr, codes_ptr, offs_m + OUT_W + 1, offs_n, beside & below, mask_n, C)
+        g, codes = window_gradients(grad_ptr, codes_ptr, offs_m, offs_n, mask_m, mask_n, C)
+        g_beside, codes_beside = window_gradients(grad_ptr, codes_ptr, offs_m + 1, offs_n, beside, mask_n, C)
+        g_below, codes_below = window_gradients(grad_ptr, codes_ptr, offs_m + OUT_W, offs_n, below, mask_n, C)
+        g_both, codes_both = window_gradients(
+            grad_ptr, codes_ptr, offs_m + OUT_W + 1, offs_n, beside & below, mask_n, C
+        )
         pixel = (offs_m // (OUT_H * OUT_W) * H + 2 * h) * W + 2 * w
         out = out_ptr + pixel.to(tl.int64)[:, None] * C + offs_n[None, :]
         right = mask_m & (2 * w + 1 < W)
