@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastinception.conv_backward import conv_backward
 
+_MOST_ROWS = 7  # of the pool's result in one compiled loop: of 12, 12 gained in bfloat16 and lost in float32
+
 # Everywhere below, params are the block's twelve in the order of its state_dict:
 # p1_1, p2_1, p2_2, p3_1, p3_2, p4_2, a weight and a bias of each.
 
@@ -30,16 +32,44 @@ def compose(x: Tensor, params: Sequence[Tensor], relu: bool = True, pooled: Tens
 
 
 def compose_for_inductor(x: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """Return the block of ``x`` from the operators that Inductor compiles best on a CPU, for inference only.
+    """Return the block of ``x``, in channels_last, from the operators that Inductor compiles best on a CPU.
 
-    There the merged convolution gains less than the copies of its slices cost, and Inductor fuses ReLUs and
-    concatenation anyway; what it does not do by itself is split the pool, nine maxima an element, into two times two.
-    Not to be differentiated: where values tie, a maximum of two halves the gradient, and a pool does not.
+    For inference only. There the merged convolution gains less than the copies of its slices cost, and Inductor fuses
+    ReLUs and concatenation anyway; what it does not do by itself is choose the layout, and let the pool's windows share
+    what they have in common. Not to be differentiated: where values tie, a maximum of two halves the gradient, and a
+    pool does not.
     """
-    padded = F.pad(x, (1, 1, 1, 1), value=float("-inf"))
-    rows = torch.maximum(torch.maximum(padded[..., :-2], padded[..., 1:-1]), padded[..., 2:])
-    pooled = torch.maximum(torch.maximum(rows[:, :, :-2], rows[:, :, 1:-1]), rows[:, :, 2:])
-    return compose(x, params, pooled=pooled)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return compose(x, params, pooled=_pool_for_inductor(x))
+
+
+def _pool_for_inductor(x: Tensor) -> Tensor:
+    """Return ``max_pool2d(x, 3, stride=1, padding=1)`` of x in channels_last, some rows of the result at a time.
+
+    Inductor computes each number of a result by itself, here by nine loads and eight maxima. Results of one size that
+    read the same are one loop, which computes once what they share: six rows that lie together need eight rows of
+    maxima of three, half the loads and maxima. Alone the pool takes 0.4 to 0.65 of the time (AMD EPYC with AVX-512, and
+    held to AVX2).
+    """
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    n, channels, height, width = x.shape
+    rows = max(rows for rows in range(1, _MOST_ROWS + 1) if height % rows == 0) if has_static_value(height) else 1
+    if rows == 1:
+        return torch.max_pool2d(x, 3, 1, 1)
+    # A pixel of the border once more changes no maximum, and unlike -inf is read without asking where it is.
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate").permute(0, 2, 3, 1)
+    lines = []
+    for i in range(rows + 2):
+        line = padded[:, i : i + height - rows + 1 : rows]  # of each group of rows, [N, H / rows, W + 2, C]
+        lines.append(torch.maximum(torch.maximum(line[:, :, :-2], line[:, :, 1:-1]), line[:, :, 2:]))
+    pooled = []
+    for i in range(0, rows, 2):
+        shared = torch.maximum(lines[i + 1], lines[i + 2])
+        pooled.append(torch.maximum(lines[i], shared))
+        if i + 1 < rows:
+            pooled.append(torch.maximum(shared, lines[i + 3]))
+    return torch.stack(pooled, dim=2).view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
 def forward(x: Tensor, params: Sequence[Tensor], out: Tensor) -> None:

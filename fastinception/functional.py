@@ -116,7 +116,9 @@ def _compute(way: _Way, x: Tensor, params: Sequence[Tensor]) -> Tensor:
     if way.path == "plain" or (way.path == "aten" and _is_few(x)):
         return aten.compose(x, params, way.relu)
     if way.path == "aten" and not way.needs_grad and torch.compiler.is_compiling():
-        return aten.compose_for_inductor(x, params) if x.device.type == "cpu" else aten.compose(x, params)
+        if x.device.type != "cpu":
+            return aten.compose(x, params)
+        return aten.compose_for_inductor(x, params).contiguous(memory_format=ops.output_format(x, params))
     if way.path == "aten" and not way.needs_grad:
         y = ops.empty_output(x, params)
         aten.forward(x, params, y)

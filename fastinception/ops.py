@@ -54,7 +54,12 @@ def output_shape(x: Tensor, params: Sequence[Tensor]) -> tuple[int, int, int, in
 
 
 def empty_output(x: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """Allocate the block's output in the plain block's memory format: channels_last if x is, or all branches are.
+    """Allocate the block's output."""
+    return _dense(x, output_shape(x, params), output_format(x, params))
+
+
+def output_format(x: Tensor, params: Sequence[Tensor]) -> torch.memory_format:
+    """Return the plain block's memory format for ``x``: channels_last if x is, or all branches are.
 
     A branch is where one of its weights is.
     """
@@ -63,7 +68,7 @@ def empty_output(x: Tensor, params: Sequence[Tensor]) -> Tensor:
         w1, w21, w22, w31, w32, w42 = (custom_op.memory_format(weight) is torch.channels_last for weight in params[::2])
         if w1 and (w21 or w22) and (w31 or w32) and w42:
             format = torch.channels_last
-    return _dense(x, output_shape(x, params), format)
+    return format
 
 
 def _empty_aten_outputs(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:

@@ -315,17 +315,43 @@ def test_blocks_of_one_shape_share_a_graph():
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("size", [(4, 3), (1, 3), (1, 1), (5, 6)])
+@pytest.mark.parametrize("size", [(4, 3), (1, 3), (1, 1), (5, 6), (2, 1), (12, 2), (21, 5), (11, 3)])
 @pytest.mark.parametrize("layout", FORMATS)
 def test_inference_form_puts_nan_and_infinity_where_the_plain_block_does(size, layout):
-    """Its pool is padded and split: a zero pad, a lost tap or a maximum that drops NaN would show."""
+    """Its pool takes rows together: a lost tap, a row of another group or a maximum that drops NaN would show."""
     torch.manual_seed(0)
     block = Inception(5, 4, (3, 6), (2, 3), 7).double()
     x = (torch.randn(3, 5, *size, dtype=torch.float64) - 3).contiguous(memory_format=layout)
-    x[0, 1, 0, 0], x[1, 2, -1, -1] = float("nan"), float("inf")
+    x[0, 1, 0, 0], x[1, 2, -1, -1], x[2, 3] = float("nan"), float("inf"), float("-inf")
     with torch.no_grad():
         result = aten.compose_for_inductor(x, list(block.parameters()))
         torch.testing.assert_close(result, block(x), equal_nan=True, rtol=1e-12, atol=1e-12)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("of_weights", FORMATS)
+@pytest.mark.parametrize("of_x", FORMATS)
+def test_compiled_inference_has_the_plain_blocks_format(of_x, of_weights):
+    """Inside it is channels_last whatever x is."""
+    plain = Inception(6, 4, (5, 8), (3, 4), 8).to(memory_format=of_weights)
+    compiled = torch.compile(FastInception.from_reference(plain), backend="aot_eager", fullgraph=True)
+    x = torch.rand(2, 6, 6, 5).contiguous(memory_format=of_x)
+    with torch.no_grad():
+        y, expected = compiled(x), plain(x)
+    torch.testing.assert_close(y, expected)
+    assert y.stride() == expected.stride()
+
+
+def test_heights_that_vary_share_a_graph_in_inference():
+    """As many rows of the pool as divide a height would be a graph for each."""
+    plain = Inception(6, 4, (5, 8), (3, 4), 8)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(FastInception.from_reference(plain), backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for height in (12, 10, 7):
+            x = torch.rand(2, 6, height, 5)
+            torch.testing.assert_close(compiled(x), plain(x))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("grad", [False, True])
