@@ -39,8 +39,13 @@ FIRST = ["_first_layer_kernel"]  # of images of one channel, with bias and ReLU,
 
 
 def by_triton(which: int, channels: int = 3, height: int = 25, width: int = 22) -> tuple[Stage, Tensor]:
-    """Return the first or the second stage, of small integers, which asks for Triton, and three images of it."""
+    """Return the first or the second stage, of small integers, which asks for Triton, and three images of it.
+
+    Their sums are exact in float16, too: what is rounded depends on the order of sums, and that on the cores.
+    """
     own, x = of_integers(which, 3, channels, height, width)
+    if which == 1:
+        x = x.clamp(-1, 1)
     own.backend = "triton"
     return own.to(memory_format=CL), x.contiguous(memory_format=CL)
 
@@ -113,14 +118,14 @@ TRAINED = ["_max_pool_kernel", "_max_pool_gradient_kernel", "_sum_kernel"]
 @pytest.mark.parametrize(("which", "channels"), [(0, 1), (0, 3), (1, 64)])
 def test_training_is_that_of_the_layers(which, channels, dtype, launches):
     """Of numbers whose sums are exact: values and all gradients are the same, with ties in most windows."""
-    own, x = by_triton(which, channels)
+    own, x = by_triton(which, channels, *((25, 22), (13, 12))[which])
     own, x = own.to(dtype), x.to(dtype)
     if which == 1:
         x.requires_grad_()
     results = []
     for run in (own, layers(own)):
         y = run(x)
-        upstream = torch.randint(0, 2, y.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        upstream = torch.randint(-1, 2, y.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         inputs = [*own.parameters(), *([x] if x.requires_grad else [])]
         results.append([y, *torch.autograd.grad(y, inputs, upstream)])
         if run is own and channels == 1:  # the convolution's launch adds the bias, and sums its gradient
@@ -129,6 +134,7 @@ def test_training_is_that_of_the_layers(which, channels, dtype, launches):
         elif run is own:
             assert launches == TRAINED
     for ours, theirs in zip(*results, strict=True):
+        assert theirs.abs().max() <= 2048
         assert torch.equal(ours, theirs)
         assert ours.stride() == theirs.stride()
 
@@ -150,15 +156,17 @@ def test_what_is_frozen_gets_no_gradient(frozen, launches):
 @needs_interpreter
 def test_training_under_autocast_is_in_its_dtype(launches):
     """In float16, which the kernels take on a CPU; layers in front may be computed in float32 there."""
-    own, x = by_triton(1)
+    own, x = by_triton(1, height=9, width=8)
     results = []
     for run in (own, layers(own)):
         with torch.autocast("cpu", torch.float16):
             y = run(x)
-        results.append([y, *torch.autograd.grad(y.float().sum(), [*own.parameters()])])
+        upstream = torch.randint(-1, 2, y.shape, generator=torch.Generator().manual_seed(0)).to(y.dtype)
+        results.append([y, *torch.autograd.grad(y, [*own.parameters()], upstream)])
     assert launches == TRAINED
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
+        assert theirs.abs().max() <= 2048
+        assert torch.equal(ours, theirs)
     own[2].bias.data[:96] = 2049  # 2048 in float16
     with torch.autocast("cpu", torch.float16):
         assert torch.equal(own(x), layers(own)(x))
