@@ -200,7 +200,8 @@ def test_an_edit_behind_the_first_compiled_call_counts(edit):
             EDITS[edit][0](block)
             block.eval()
             out, expected = run(x), block(x)
-        noticed.append(out.shape == expected.shape and torch.allclose(out, expected))
+        # What is compiled computes in channels_last, which rounds otherwise.
+        noticed.append(out.shape == expected.shape and torch.allclose(out, expected, atol=1e-6))
     assert noticed[1] >= noticed[0]
     assert noticed[0] or "hook" in edit or "class" in edit
 
